@@ -1,0 +1,24 @@
+"""Sparse, instance-dependent attention for Vision Transformers (Wei et al., CVPR 2023)."""
+
+from .config import SparsifinerConfig
+from .connectivity import Connectivity, Tail
+from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
+from .ops import sparse_attention
+from .recording import record
+from .tiling import Tiling
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Connectivity",
+    "SparsifinerConfig",
+    "Tail",
+    "Tiling",
+    "conversion",
+    "densify",
+    "record",
+    "set_keep_rate",
+    "sparse_attention",
+    "sparse_layers",
+    "sparsify",
+]

@@ -1,0 +1,45 @@
+"""timm's standard attention: ViT, DeiT, DINOv2, CLIP and SigLIP towers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers.attention import Attention
+from torch import Tensor
+
+from ..attention import SparseAttention, refuse_mask
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[B, N, H * D]`` to ``[B, H, N, D]``, a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed projection ``[B, N, 3 * H * D]`` to three views ``[B, H, N, D]``."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+class SparseVitAttention(SparseAttention, Attention):
+    """q/k norm, output norm, output gate and projection as in timm's ``Attention``."""
+
+    dense_class = Attention
+
+    def project(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **context: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        refuse_mask(attn_mask, is_causal)
+        q, k, v = split_qkv(self.qkv(x), self.num_heads)
+        return self.q_norm(q), self.k_norm(k), v, None
+
+    def merge(self, x: Tensor, out: Tensor) -> Tensor:
+        return gated_projection(self, x, out)
+
+
+def gated_projection(layer: SparseAttention, x: Tensor, out: Tensor) -> Tensor:
+    """Output norm, then the sigmoid gate where there is one, then the projection."""
+    out = layer.norm(out)
+    if layer.gate is not None:
+        out = out * layer.gate(x).sigmoid()
+    return layer.proj_drop(layer.proj(out))

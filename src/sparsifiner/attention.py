@@ -1,0 +1,148 @@
+"""The sparse attention layer: qkv, predictor, connectivity, operator, proj."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import SparsifinerConfig
+from .connectivity import Connectivity, pool_tail
+from .grid import PatchGrid
+from .ops import sparse_attention
+from .predictors import Predictor, build_predictor
+from .tiling import Tiling
+
+Observer = Callable[["SparseAttention", Tensor, Tensor, Tensor, "Connectivity | None"], None]
+"""Called with the layer, q, k, v and the connectivity (None while attention runs dense)."""
+
+
+class SparseAttention(nn.Module):
+    """An attention layer that has taken over the weights of a dense one.
+
+    Parameters keep their names, so state dicts of the dense model fit; the predictor's own weights are
+    under ``predictor.``. Subclasses, one per dense class, say how q, k, v come about and what follows.
+
+    Args:
+        dense: the attention layer to take over. It must not be used afterwards: its weights are shared.
+        config: settings of this layer (one ``keep_rate``).
+        grid: the patch grid of the model the layer sits in.
+    """
+
+    dense_class: ClassVar[type[nn.Module]]
+    num_heads: int
+    scale: float
+
+    @classmethod
+    def refusal(cls, dense: nn.Module) -> str | None:
+        """Why ``dense``, an instance of ``dense_class``, cannot be converted, or None if it can."""
+        dropout = getattr(dense, "attn_drop", None)
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+            return f"it drops attention weights (attn_drop={dropout.p}), which a sparse layer cannot; build it with 0"
+        return None
+
+    def __init__(self, dense: nn.Module, config: SparsifinerConfig, grid: PatchGrid) -> None:
+        nn.Module.__init__(self)  # not the dense class's own, which would make new weights
+        _move_state(dense, self)
+        self.grid = grid
+        self.config = config
+        self.observer: Observer | None = None
+        self.predictor: Predictor = build_predictor(
+            config,
+            num_heads=self.num_heads,
+            head_dim=self.head_width(),
+            grid=grid.shape,
+            num_prefix_tokens=grid.num_prefix_tokens,
+        )
+        weight = next(self.proj.parameters())
+        self.predictor.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else None)
+        self.train(dense.training)
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer back, with the weights of this one; this one must not be used afterwards."""
+        dense = self.dense_class.__new__(self.dense_class)
+        nn.Module.__init__(dense)
+        _move_state(self, dense, skip=("grid", "config", "observer", "predictor"))
+        return dense.train(self.training)
+
+    def configure(self, config: SparsifinerConfig) -> None:
+        """Change settings that need no new weights, such as the keep rate."""
+        self.config = config
+        self.predictor.config = config
+
+    def head_width(self) -> int:
+        """Width of a head, ``D``."""
+        return self.proj.in_features // self.num_heads
+
+    def project(self, x: Tensor, **context: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v ``[B, H, N, D]`` and an additive bias ``[1 or B, 1 or H, N, N]`` or None."""
+        raise NotImplementedError
+
+    def merge(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's output ``[B, N, C]`` from its input and the attended values ``[B, N, H * D]``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **context: Any) -> Tensor:
+        """The dense layer's contract: ``[B, N, C]`` to ``[B, N, C]``."""
+        q, k, v, attn_bias = self.project(x, *args, **context)
+        out = self.attend(q, k, v, attn_bias)
+        return self.merge(x, out.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        """Predict the connectivity and attend sparsely, ``[B, H, N, D]`` to ``[B, H, N, D]``."""
+        if self.training and self.config.attn_recon:
+            # The reconstruction phase trains the predictor against the undisturbed dense model.
+            self._observe(q, k, v, None)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=self.scale)
+        tiling = self.tiling(q.shape[2])
+        connectivity = self.predictor(q, k, v, tiling, self.scale, attn_bias)
+        self._observe(q, k, v, connectivity)
+        tail = None
+        if self.config.tail is not None:
+            tail = pool_tail(k, v, connectivity, self.config.tail)
+            if attn_bias is not None:
+                blocks = Tiling(tiling.grid, self.config.tail)
+                patches = attn_bias[..., tiling.num_prefix_tokens :, None]
+                attn_bias = torch.cat([attn_bias, blocks.mean_patches(patches)[..., 0]], dim=-1)
+        return sparse_attention(q, k, v, connectivity, tail=tail, attn_bias=attn_bias, scale=self.scale)
+
+    def tiling(self, num_tokens: int) -> Tiling:
+        """The query tiles of the current input, checked against the length of its sequence."""
+        tiling = Tiling(self.grid.shape, self.config.query_tile, self.grid.num_prefix_tokens)
+        if tiling.num_tokens != num_tokens:
+            raise ValueError(
+                f"attention got {num_tokens} tokens, but the image has a {tiling.grid[0]}x{tiling.grid[1]} patch grid "
+                f"and {tiling.num_prefix_tokens} prefix tokens; patch dropout and token merging are not supported"
+            )
+        return tiling
+
+    def _observe(self, q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity | None) -> None:
+        if self.observer is not None:
+            self.observer(self, q, k, v, connectivity)
+
+    def extra_repr(self) -> str:
+        settings = self.config
+        return f"keep_rate={settings.keep_rate}, query_tile={settings.query_tile}, tail={settings.tail}"
+
+
+def _move_state(source: nn.Module, target: nn.Module, skip: tuple[str, ...] = ()) -> None:
+    """Give ``target`` the parameters, buffers, submodules, hooks and attributes of ``source``, by reference."""
+    fresh = vars(nn.Module())
+    for name, value in vars(source).items():
+        if name in skip:
+            continue
+        if name not in fresh:
+            setattr(target, name, value)
+        elif isinstance(value, dict):
+            vars(target)[name].update({k: v for k, v in value.items() if k not in skip})
+        elif isinstance(value, set):
+            vars(target)[name].update(value)
+
+
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Attention masks come with packed or padded sequences, which have no single patch grid."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("sparse attention takes no attn_mask and is not causal; use densify() for masked inputs")

@@ -1,0 +1,182 @@
+"""How a model is sparsified: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+PredictorName = Literal["pooled", "lowrank", "oracle", "local", "strided", "random"]
+PREDICTORS: tuple[str, ...] = get_args(PredictorName)
+Reduction = Literal["max", "sum"]
+
+
+@dataclass(frozen=True)
+class SparsifinerConfig:
+    """Connectivity, operator and predictor settings of a sparse model.
+
+    ``SparsifinerConfig()`` is the training-free default (pooled predictor, 4x4 query tiles, pooled
+    tail); :meth:`paper` is the method of Wei et al., CVPR 2023, to the letter.
+
+    Args:
+        keep_rate: share of the keys each query tile keeps, in (0, 1]; one for all layers or one per
+            converted layer. ``ceil(keep_rate * candidates)`` keys are kept.
+        predictor: what estimates the connectivity. ``pooled`` is training-free, ``lowrank`` is the
+            paper's learned one, ``oracle`` looks at the dense attention (an upper bound, not a
+            speed-up), ``local``, ``strided`` and ``random`` are fixed-pattern baselines.
+        query_tile: rows and columns of the patch rectangle whose queries share one list of keys.
+            ``(1, 1)`` is the paper's per-token connectivity.
+        tail: rows and columns of the patch blocks whose pooled key and value stand in for the keys
+            that were not kept, or None to drop those keys as the paper does.
+        keep_prefix: whether prefix tokens (class, registers) are kept as keys by every tile, on top
+            of the budget. The paper lets the class token compete as an ordinary candidate.
+        query_pool: ``pooled`` only: rows and columns of the query sub-blocks pooled before scoring.
+        reduction: ``pooled`` only: how the sub-blocks of a tile are merged into one score per key.
+        reduce_n_factor: ``lowrank`` only: ``n_down = num_tokens // reduce_n_factor``.
+        n_down: ``lowrank`` only: number of basis rows, instead of ``reduce_n_factor``.
+        reduce_c_factor: ``lowrank`` only: head width divided by the predictor's width.
+        scale: ``lowrank`` only: factor on the predictor's logits; ``"head_dim"`` is
+            ``(head_dim / reduce_c_factor) ** -0.5``, ``"num_heads"`` the authors' ``num_heads ** -0.5``.
+        coef_topk: ``lowrank`` only: coefficients kept per row, or None.
+        coef_threshold: ``lowrank`` only: coefficients at or below it become zero, or None.
+        basis_threshold: ``lowrank`` only: entries of ``|W_up|`` at or below it become zero.
+        score_threshold: ``lowrank`` only: keep every key that scores above it, instead of the top
+            ``keep_rate``.
+        share_basis: ``lowrank`` only: one matrix serves as ``W_down`` and ``W_up``.
+        attn_recon: ``lowrank`` only: the paper's attention-reconstruction phase. In training mode
+            attention runs dense and scores use the signed basis and all coefficients.
+        seed: ``random`` only: seed of the pattern.
+
+    Raises:
+        ValueError: if a setting is out of range; the message says what was expected.
+    """
+
+    keep_rate: float | tuple[float, ...] = 0.1
+    predictor: PredictorName = "pooled"
+    query_tile: tuple[int, int] = (4, 4)
+    tail: tuple[int, int] | None = (4, 4)
+    keep_prefix: bool = True
+    query_pool: tuple[int, int] = (2, 2)
+    reduction: Reduction = "max"
+    reduce_n_factor: int = 6
+    n_down: int | None = None
+    reduce_c_factor: int = 2
+    scale: float | Literal["head_dim", "num_heads"] = "head_dim"
+    coef_topk: int | None = 8
+    coef_threshold: float | None = None
+    basis_threshold: float = 0.02
+    score_threshold: float | None = None
+    share_basis: bool = False
+    attn_recon: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep_rate, Sequence) and not isinstance(self.keep_rate, str):
+            object.__setattr__(self, "keep_rate", tuple(check_keep_rate(r) for r in self.keep_rate))
+            if not self.keep_rate:
+                raise ValueError("keep_rate is an empty list; give one rate, or one per layer")
+        else:
+            object.__setattr__(self, "keep_rate", check_keep_rate(self.keep_rate))
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"predictor {self.predictor!r} is unknown; choose one of {', '.join(PREDICTORS)}")
+        for name in ("query_tile", "query_pool", "tail"):
+            value = getattr(self, name)
+            if value is not None or name != "tail":
+                object.__setattr__(self, name, _pair(name, value))
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"reduction {self.reduction!r} is unknown; choose max or sum")
+        for name in ("reduce_n_factor", "reduce_c_factor", "n_down", "coef_topk"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.coef_topk is not None and self.coef_threshold is not None:
+            raise ValueError("coef_topk and coef_threshold exclude each other; set one of them to None")
+        if isinstance(self.scale, str) and self.scale not in ("head_dim", "num_heads"):
+            raise ValueError(f"scale {self.scale!r} is unknown; choose head_dim, num_heads or a number")
+        if self.score_threshold is not None and self.predictor != "lowrank":
+            raise ValueError(
+                f"score_threshold needs predictor='lowrank', whose scores have an absolute meaning; "
+                f"predictor {self.predictor!r} keeps the top keep_rate"
+            )
+        if self.attn_recon and self.predictor != "lowrank":
+            raise ValueError(f"attn_recon needs predictor='lowrank', got {self.predictor!r}")
+
+    @classmethod
+    def paper(cls, keep_rate: float | tuple[float, ...] = 0.25, **changes: Any) -> SparsifinerConfig:
+        """The paper's method with the published settings (Wei et al., sections 3.2 to 3.4).
+
+        Per-token connectivity, no tail, the class token an ordinary key, ``n_down = N // 6``,
+        head width halved, the 8 largest coefficients, basis threshold 0.02 and the authors' scale.
+        """
+        settings: dict[str, Any] = dict(
+            predictor="lowrank", query_tile=(1, 1), tail=None, keep_prefix=False, scale="num_heads"
+        )
+        return cls(keep_rate=keep_rate, **{**settings, **changes})
+
+    def replace(self, **changes: Any) -> SparsifinerConfig:
+        """A copy with some settings changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def for_layer(self, layer: int, num_layers: int) -> SparsifinerConfig:
+        """The settings of one converted layer: its own keep rate where there is one per layer."""
+        if isinstance(self.keep_rate, float):
+            return self
+        if len(self.keep_rate) != num_layers:
+            raise ValueError(
+                f"keep_rate has {len(self.keep_rate)} entries but {num_layers} layers are converted; "
+                f"give one rate, or exactly {num_layers}"
+            )
+        return self.replace(keep_rate=self.keep_rate[layer])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SparsifinerConfig:
+        """The inverse of :meth:`to_dict`; unknown names are refused with the nearest known one."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}"
+                raise ValueError(f"unknown setting {name!r}; {hint}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> SparsifinerConfig:
+        """Read a YAML or JSON file of settings; ``preset: paper`` starts from :meth:`paper`."""
+        import yaml
+
+        path = Path(path)
+        try:
+            text = path.read_text()
+            settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except OSError as error:
+            raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {settings!r}")
+        preset = settings.pop("preset", "default")
+        if preset not in ("default", "paper"):
+            raise ValueError(f"{path}: preset {preset!r} is unknown; choose default or paper")
+        base = cls.paper() if preset == "paper" else cls()
+        return cls.from_dict({**base.to_dict(), **settings})
+
+
+def check_keep_rate(value: object) -> float:
+    """``value`` as a float in (0, 1], or a ValueError that says what was expected."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"keep_rate must lie in (0, 1], got {value!r}; 0.1 keeps a tenth of the keys")
+    return float(value)
+
+
+def _pair(name: str, value: object) -> tuple[int, int]:
+    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int) and v >= 1 for v in value):
+        return (value[0], value[1])
+    raise ValueError(f"{name} must be two whole numbers of at least 1, rows and columns, got {value!r}")

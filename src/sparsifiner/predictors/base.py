@@ -1,0 +1,86 @@
+"""What every predictor does: score keys per query tile, bounded in memory, and keep the best."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparsifinerConfig
+from ..connectivity import Connectivity
+from ..tiling import Tiling
+
+# Scores held at once; 16,384 tokens in 4x4 tiles would otherwise need 1.6 GB per layer.
+CHUNK_BYTES = 64 * 2**20
+
+TileScores = Callable[[int, int], Tensor]
+"""Scores of the tiles ``start`` to ``stop`` for every candidate key, ``[B, H, stop - start, candidates]``."""
+
+
+class Predictor(nn.Module):
+    """Estimates which keys each query tile needs. No gradient flows through the choice.
+
+    With ``keep_prefix`` prefix tokens are kept on top of the budget and the candidates are the patches;
+    without it every token is a candidate, as in the paper.
+    """
+
+    def __init__(self, config: SparsifinerConfig) -> None:
+        super().__init__()
+        if not isinstance(config.keep_rate, float):
+            raise ValueError("a predictor serves one layer; give it config.for_layer(...), with one keep_rate")
+        self.config = config
+
+    @property
+    def keep_rate(self) -> float:
+        assert isinstance(self.config.keep_rate, float)
+        return self.config.keep_rate
+
+    @abstractmethod
+    def tile_scores(
+        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
+    ) -> tuple[TileScores, int]:
+        """A function that scores a range of tiles, and the bytes it needs per tile."""
+
+    @torch.no_grad()
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None
+    ) -> Connectivity:
+        """The keys to keep.
+
+        Args:
+            q: queries ``[B, H, N, D]``, as attention uses them (after norms and rotary embedding).
+            k: keys ``[B, H, N, D]``.
+            v: values ``[B, H, N, D]``.
+            tiling: which queries form a tile.
+            scale: factor on the attention logits.
+            attn_bias: added to the attention logits, ``[1 or B, 1 or H, N, N]``, or None.
+        """
+        scores, bytes_per_tile = self.tile_scores(q, k, v, tiling, scale, attn_bias)
+        step = max(1, CHUNK_BYTES // max(1, bytes_per_tile))
+        ranges = [(start, min(start + step, tiling.num_tiles)) for start in range(0, tiling.num_tiles, step)]
+        return self.select(scores, ranges, tiling)
+
+    def select(self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling) -> Connectivity:
+        """Keep the ``ceil(keep_rate * candidates)`` best keys of every tile."""
+        num_keep = math.ceil(self.keep_rate * self.num_candidates(tiling))
+        chosen = [scores(start, stop).topk(num_keep, dim=-1, sorted=False).indices for start, stop in ranges]
+        indices = torch.cat(chosen, dim=2).to(torch.int32)
+        return Connectivity(tiling, self.with_prefix(indices, tiling))
+
+    def first_candidate(self, tiling: Tiling) -> int:
+        """Token number of the first candidate key."""
+        return tiling.num_prefix_tokens if self.config.keep_prefix else 0
+
+    def num_candidates(self, tiling: Tiling) -> int:
+        return tiling.num_tokens - self.first_candidate(tiling)
+
+    def with_prefix(self, candidates: Tensor, tiling: Tiling) -> Tensor:
+        """Candidate numbers ``[B, H, T, K]`` to token numbers, prefix tokens put first where always kept."""
+        first = self.first_candidate(tiling)
+        if not first:
+            return candidates
+        prefix = torch.arange(first, dtype=torch.int32, device=candidates.device)
+        return torch.cat([prefix.expand(*candidates.shape[:3], first), candidates + first], dim=-1)

@@ -1,0 +1,142 @@
+"""The paper's learned predictor: a low-rank estimate of the attention map (Wei et al., section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import SparsifinerConfig
+from ..connectivity import Connectivity
+from ..tiling import Tiling
+from .base import Predictor, TileScores
+
+
+class LowRankPredictor(Predictor):
+    """Sparse coefficients times a sparse basis, shared by the heads of a layer.
+
+    ``coef = softmax(q' (W_down^T k')^T * scale)`` and ``score = coef |W_up|^T`` with ``q'`` and ``k'``
+    of reduced width. A tile scores by the sum of its queries' rows, so 1x1 tiles are the paper's.
+
+    Args:
+        config: settings of this layer.
+        num_heads: heads of the attention layer.
+        head_dim: width of a head, ``D``.
+        grid: patch grid the basis is made for; other grids use a resampled basis.
+        num_prefix_tokens: prefix tokens of the model.
+
+    Raises:
+        ValueError: if the reduced width or number of basis rows would be zero.
+    """
+
+    def __init__(
+        self, config: SparsifinerConfig, num_heads: int, head_dim: int, grid: tuple[int, int], num_prefix_tokens: int
+    ) -> None:
+        super().__init__(config)
+        num_tokens = num_prefix_tokens + grid[0] * grid[1]
+        n_down = config.n_down or num_tokens // config.reduce_n_factor
+        width = head_dim // config.reduce_c_factor
+        if not n_down or not width:
+            raise ValueError(
+                f"the low-rank predictor would have {n_down} basis rows of width {width} for {num_tokens} tokens "
+                f"and head width {head_dim}; lower reduce_n_factor or reduce_c_factor, or set n_down"
+            )
+        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
+        self.scale = {"head_dim": width**-0.5, "num_heads": num_heads**-0.5}.get(str(config.scale)) or float(config.scale)
+        self.q_proj = nn.Linear(head_dim, width)
+        self.k_proj = nn.Linear(head_dim, width)
+        self.w_down = nn.Parameter(torch.empty(num_tokens, n_down))
+        self.w_up = None if config.share_basis else nn.Parameter(torch.empty(num_tokens, n_down))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random start, standard deviation 0.02 as in the authors' code; calibration or training follows."""
+        for linear in (self.q_proj, self.k_proj):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        nn.init.trunc_normal_(self.w_down, std=0.02)
+        if self.w_up is not None:
+            nn.init.trunc_normal_(self.w_up, std=0.02)
+
+    @property
+    def reconstructing(self) -> bool:
+        """Whether scores imitate the attention map: signed dense basis, all coefficients (the first phase)."""
+        return self.training and self.config.attn_recon
+
+    def coefficients(self, q: Tensor, k: Tensor, tiling: Tiling, token_mask: Tensor | None = None) -> Tensor:
+        """Weights of the basis rows for every patch query, ``[B, H, num_patches, n_down]``.
+
+        Args:
+            q: queries ``[B, H, N, D]``.
+            k: keys ``[B, H, N, D]``.
+            tiling: the patch grid of this input.
+            token_mask: patches still alive under simulated token pruning, boolean ``[B, num_patches]``.
+        """
+        prefix = tiling.num_prefix_tokens
+        narrow_q, narrow_k = self.q_proj(q[:, :, prefix:]), self.k_proj(k)
+        if token_mask is not None:
+            narrow_q = narrow_q * token_mask[:, None, :, None]
+            alive = F.pad(token_mask, (prefix, 0), value=True)
+            narrow_k = narrow_k * alive[:, None, :, None]
+        k_down = narrow_k.transpose(-1, -2) @ self.resampled(self.w_down, tiling, total=True)
+        coef = (narrow_q @ k_down * self.scale).softmax(-1)
+        if self.reconstructing:
+            return coef
+        if self.config.coef_topk is not None and self.config.coef_topk < coef.shape[-1]:
+            top = coef.topk(self.config.coef_topk, dim=-1, sorted=False)
+            return torch.zeros_like(coef).scatter_(-1, top.indices, top.values)
+        if self.config.coef_threshold is not None:
+            return F.threshold(coef, self.config.coef_threshold, 0.0)
+        return coef
+
+    def basis(self, tiling: Tiling) -> Tensor:
+        """``W_up`` as the scores use it, ``[N, n_down]``: absolute and thresholded but while reconstructing."""
+        w_up = self.w_down if self.w_up is None else self.w_up
+        w_up = self.resampled(w_up, tiling, total=False)
+        return w_up if self.reconstructing else F.threshold(w_up.abs(), self.config.basis_threshold, 0.0)
+
+    def token_scores(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
+        """Estimated attention of every patch query to every token, ``[B, H, num_patches, N]``; differentiable."""
+        return self.coefficients(q, k, tiling) @ self.basis(tiling).transpose(0, 1)
+
+    def tile_scores(
+        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
+    ) -> tuple[TileScores, int]:
+        coef = tiling.sum_patches(self.coefficients(q, k, tiling))
+        basis = self.basis(tiling)[self.first_candidate(tiling) :].transpose(0, 1)
+        batch, heads, num_tokens, _ = q.shape
+        return lambda start, stop: coef[:, :, start:stop] @ basis, batch * heads * num_tokens * q.element_size()
+
+    def select(self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling) -> Connectivity:
+        """The top ``keep_rate``, or every key above ``score_threshold``, padded to the longest list."""
+        threshold = self.config.score_threshold
+        if threshold is None:
+            return super().select(scores, ranges, tiling)
+        # A compiled graph needs a fixed width: there every candidate is listed and the bias drops the rest.
+        parts = [scores(start, stop) for start, stop in ranges]
+        longest = parts[0].shape[-1]
+        if not torch.compiler.is_compiling():
+            longest = max(1, max(int((part > threshold).sum(-1).max()) for part in parts))
+        top = [part.topk(longest, dim=-1) for part in parts]
+        above = torch.cat([part.values for part in top], dim=2) > threshold
+        indices = self.with_prefix(torch.cat([part.indices for part in top], dim=2).to(torch.int32), tiling)
+        kept = F.pad(above, (indices.shape[-1] - above.shape[-1], 0), value=True)
+        bias = torch.zeros(kept.shape, device=kept.device).masked_fill(~kept, float("-inf"))
+        return Connectivity(tiling, indices, bias)
+
+    def resampled(self, weight: Tensor, tiling: Tiling, *, total: bool) -> Tensor:
+        """``weight`` ``[N, n_down]`` for the grid of ``tiling``, interpolated like position embeddings.
+
+        Prefix rows stay. With ``total`` the weights of the patches are scaled so that a sum over the
+        keys keeps its size.
+        """
+        if tiling.num_prefix_tokens != self.num_prefix_tokens:
+            raise ValueError(f"the predictor was made for {self.num_prefix_tokens} prefix tokens, got {tiling.num_prefix_tokens}")
+        if tiling.grid == self.grid:
+            return weight
+        prefix, patches = weight[: self.num_prefix_tokens], weight[self.num_prefix_tokens :]
+        image = patches.transpose(0, 1).unflatten(1, self.grid)[None].float()
+        resized = F.interpolate(image, size=tiling.grid, mode="bicubic", antialias=True)
+        if total:
+            resized = resized * (len(patches) / tiling.num_patches)
+        return torch.cat([prefix, resized[0].flatten(1).transpose(0, 1).to(weight.dtype)])

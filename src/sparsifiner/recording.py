@@ -1,0 +1,59 @@
+"""Look at the connectivity of a forward pass. Nothing is kept unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .attention import SparseAttention
+from .connectivity import Connectivity
+from .convert import sparse_layers
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer did in the last forward pass.
+
+    Args:
+        connectivity: the kept keys; None while the layer ran dense (the reconstruction phase).
+        q: queries ``[B, H, N, D]`` as attention used them, or None unless tensors were asked for.
+        k: keys, likewise.
+        v: values, likewise.
+    """
+
+    connectivity: Connectivity | None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+@contextmanager
+def record(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, LayerRecord]]:
+    """Keep the connectivity of every sparse layer while the block runs.
+
+    ``with record(model) as seen: y = model(x)`` fills ``seen`` with a :class:`LayerRecord` per layer path,
+    always of the latest forward pass.
+
+    Args:
+        model: a sparse model.
+        tensors: keep q, k and v as well; they stay in memory as long as the records do.
+    """
+    layers = sparse_layers(model)
+    names = {id(layer): name for name, layer in layers.items()}
+    seen: dict[str, LayerRecord] = {}
+
+    def observe(layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity | None) -> None:
+        kept = (q, k, v) if tensors else ()
+        seen[names[id(layer)]] = LayerRecord(connectivity, *kept)
+
+    previous = {name: layer.observer for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.observer = observe
+        yield seen
+    finally:
+        for name, layer in layers.items():
+            layer.observer = previous[name]
