@@ -65,15 +65,15 @@ class Tiling:
 
     def tokens(self, device: torch.device) -> Tensor:
         """Token numbers of each rectangle, int32 ``[T, S]``; -1 where it sticks out of the grid."""
-        return _tokens(self.grid, self.tile, self.num_prefix_tokens, str(device))
+        return _index_tensors(self.grid, self.tile, self.num_prefix_tokens, device)[0]
 
     def tile_of_patch(self, device: torch.device) -> Tensor:
         """Number of the rectangle each patch lies in, int64 ``[num_patches]``."""
-        return _tile_of_patch(self.grid, self.tile, str(device))
+        return _index_tensors(self.grid, self.tile, 0, device)[1]
 
     def sizes(self, device: torch.device) -> Tensor:
         """Patches in each rectangle, float32 ``[T]``."""
-        return _sizes(self.grid, self.tile, str(device))
+        return _index_tensors(self.grid, self.tile, 0, device)[2]
 
     def sum_patches(self, x: Tensor) -> Tensor:
         """Sum ``[..., num_patches, d]`` over each rectangle: ``[..., T, d]``."""
@@ -95,36 +95,34 @@ class Tiling:
         return x.unflatten(-3, (rows, self.tile[0])).unflatten(-2, (columns, self.tile[1]))
 
 
-# The index tensors depend on a few whole numbers only. They are made once per shape and device, outside
-# inference mode so that autograd may save them, and enter a compiled graph as constants.
+def _index_tensors(
+    grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of each rectangle ``[T, S]``, rectangle of each patch ``[num_patches]``, rectangle sizes ``[T]``.
+
+    They depend on a few whole numbers only and are made once per shape and device. A compiler traces the
+    arithmetic instead, and folds it into constants.
+    """
+    make = _make_index_tensors if torch.compiler.is_compiling() else _cached_index_tensors
+    return make(grid, tile, num_prefix_tokens, device)
 
 
-@torch.compiler.assume_constant_result
-def _tokens(grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: str) -> Tensor:
-    return _index_tensors(grid, tile, num_prefix_tokens, device)[0]
-
-
-@torch.compiler.assume_constant_result
-def _tile_of_patch(grid: tuple[int, int], tile: tuple[int, int], device: str) -> Tensor:
-    return _index_tensors(grid, tile, 0, device)[1]
-
-
-@torch.compiler.assume_constant_result
-def _sizes(grid: tuple[int, int], tile: tuple[int, int], device: str) -> Tensor:
-    return _index_tensors(grid, tile, 0, device)[2]
+def _make_index_tensors(
+    grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = -(-grid[0] // tile[0]), -(-grid[1] // tile[1])
+    y = torch.arange(rows * tile[0], device=device).view(rows, 1, tile[0], 1)
+    x = torch.arange(columns * tile[1], device=device).view(1, columns, 1, tile[1])
+    token = torch.where((y < grid[0]) & (x < grid[1]), num_prefix_tokens + y * grid[1] + x, -1)
+    tokens = token.reshape(rows * columns, tile[0] * tile[1]).to(torch.int32)
+    tile_row = torch.arange(grid[0], device=device).view(-1, 1) // tile[0]
+    tile_column = torch.arange(grid[1], device=device).view(1, -1) // tile[1]
+    return tokens, (tile_row * columns + tile_column).flatten(), (tokens >= 0).sum(dim=1).float()
 
 
 @lru_cache(maxsize=256)
-def _index_tensors(
-    grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: str
+def _cached_index_tensors(
+    grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of each rectangle ``[T, S]``, rectangle of each patch ``[num_patches]``, rectangle sizes ``[T]``."""
-    rows, columns = -(-grid[0] // tile[0]), -(-grid[1] // tile[1])
-    with torch.inference_mode(False):
-        y = torch.arange(rows * tile[0]).view(rows, 1, tile[0], 1)
-        x = torch.arange(columns * tile[1]).view(1, columns, 1, tile[1])
-        token = torch.where((y < grid[0]) & (x < grid[1]), num_prefix_tokens + y * grid[1] + x, -1)
-        tokens = token.reshape(rows * columns, tile[0] * tile[1]).to(device=device, dtype=torch.int32)
-        tile_row = torch.arange(grid[0], device=device).view(-1, 1) // tile[0]
-        tile_column = torch.arange(grid[1], device=device).view(1, -1) // tile[1]
-        return tokens, (tile_row * columns + tile_column).flatten(), (tokens >= 0).sum(dim=1).float()
+    with torch.inference_mode(False):  # so that autograd may save them
+        return _make_index_tensors(grid, tile, num_prefix_tokens, device)
