@@ -1,10 +1,12 @@
 """Sparse, instance-dependent attention for Vision Transformers (Wei et al., CVPR 2023)."""
 
+from . import models
 from .config import SparsifinerConfig
 from .connectivity import Connectivity, Tail
 from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
 from .ops import sparse_attention
 from .recording import record
+from .saving import from_pretrained, save_pretrained
 from .tiling import Tiling
 
 __version__ = "0.1.0"
@@ -16,7 +18,10 @@ __all__ = [
     "Tiling",
     "conversion",
     "densify",
+    "from_pretrained",
+    "models",
     "record",
+    "save_pretrained",
     "set_keep_rate",
     "sparse_attention",
     "sparse_layers",

@@ -50,16 +50,19 @@ class SparseAttention(nn.Module):
         self.grid = grid
         self.config = config
         self.observer: Observer | None = None
+        self.reset_predictor(grid.shape)
+        self.train(dense.training)
+
+    def reset_predictor(self, grid: tuple[int, int]) -> None:
+        """A new predictor for ``config``; a learned basis is made for the patch grid ``grid``."""
+        weight = self.proj.weight
         self.predictor: Predictor = build_predictor(
-            config,
+            self.config,
             num_heads=self.num_heads,
             head_dim=self.head_width(),
-            grid=grid.shape,
-            num_prefix_tokens=grid.num_prefix_tokens,
-        )
-        weight = next(self.proj.parameters())
-        self.predictor.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else None)
-        self.train(dense.training)
+            grid=grid,
+            num_prefix_tokens=self.grid.num_prefix_tokens,
+        ).to(device=weight.device, dtype=weight.dtype)
 
     def to_dense(self) -> nn.Module:
         """The dense layer back, with the weights of this one; this one must not be used afterwards."""

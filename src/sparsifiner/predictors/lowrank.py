@@ -63,21 +63,19 @@ class LowRankPredictor(Predictor):
         """Whether scores imitate the attention map: signed dense basis, all coefficients (the first phase)."""
         return self.training and self.config.attn_recon
 
-    def coefficients(self, q: Tensor, k: Tensor, tiling: Tiling, token_mask: Tensor | None = None) -> Tensor:
-        """Weights of the basis rows for every patch query, ``[B, H, num_patches, n_down]``.
+    def narrow(self, q: Tensor, k: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+        """Patch queries and all keys at the reduced width, ``[B, H, num_patches, d]`` and ``[B, H, N, d]``."""
+        return self.q_proj(q[:, :, tiling.num_prefix_tokens :]), self.k_proj(k)
+
+    def coefficients(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
+        """Weights of the basis rows for every patch query, ``[B, H, num_patches, n_down]``; differentiable.
 
         Args:
             q: queries ``[B, H, N, D]``.
             k: keys ``[B, H, N, D]``.
             tiling: the patch grid of this input.
-            token_mask: patches still alive under simulated token pruning, boolean ``[B, num_patches]``.
         """
-        prefix = tiling.num_prefix_tokens
-        narrow_q, narrow_k = self.q_proj(q[:, :, prefix:]), self.k_proj(k)
-        if token_mask is not None:
-            narrow_q = narrow_q * token_mask[:, None, :, None]
-            alive = F.pad(token_mask, (prefix, 0), value=True)
-            narrow_k = narrow_k * alive[:, None, :, None]
+        narrow_q, narrow_k = self.narrow(q, k, tiling)
         k_down = narrow_k.transpose(-1, -2) @ self.resampled(self.w_down, tiling, total=True)
         coef = (narrow_q @ k_down * self.scale).softmax(-1)
         if self.reconstructing:

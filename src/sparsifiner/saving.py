@@ -1,0 +1,257 @@
+"""Save and load sparse models: safetensors and JSON, never pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import SparsifinerConfig
+from .convert import sparse_layers, sparsify
+from .predictors import LowRankPredictor
+
+CONFIG_NAME = "sparsifiner.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = 1
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
+    """Write a sparse timm model to ``folder``: its settings as JSON, its weights as safetensors.
+
+    Where the pretrained weights the model started from are on this computer (in the package or in the
+    Hugging Face cache), only the tensors that differ from them are written, the predictors above all, with
+    a fingerprint of the others. Files are replaced whole; an interrupted save leaves the old ones.
+
+    Args:
+        model: the result of ``sparsify`` on a model made by ``timm.create_model``.
+        folder: made if needed.
+        model_args: arguments of ``timm.create_model`` beyond the architecture; found out if None.
+
+    Raises:
+        ValueError: if the model is not sparse, not a timm model, or ``model_args`` do not rebuild it.
+        OSError: if the folder cannot be written.
+    """
+    layers = list(sparse_layers(model).values())
+    architecture = _architecture(model)
+    arguments = _model_args(model) if model_args is None else dict(model_args)
+    dtype = layers[0].proj.weight.dtype
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _check_rebuilds(model, architecture, arguments)
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "architecture": architecture,
+        "model_args": arguments,
+        "dtype": str(dtype).removeprefix("torch."),
+        "config": _common_config([layer.config for layer in layers]).to_dict(),
+        "basis_grid": _basis_grid(layers[0]),
+        "dense_fingerprint": None,
+    }
+    base = _local_pretrained(architecture, arguments, dtype)
+    if base is not None:
+        settings["dense_fingerprint"] = _fingerprint(base)
+        state = {name: tensor for name, tensor in state.items() if name not in base or not torch.equal(tensor, base[name])}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(_without_aliases(state), path))
+    _write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = None) -> nn.Module:
+    """Load what :func:`save_pretrained` wrote.
+
+    Args:
+        folder: the folder.
+        img_size: height and width in pixels to build the model for, if not the saved size.
+
+    Raises:
+        ValueError: if files are missing, corrupt or foreign, or the pretrained weights a delta refers to
+            are not the ones it was made from.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    weights = _read_weights(folder / WEIGHTS_NAME)
+    delta = settings["dense_fingerprint"] is not None
+    saved_args = {name: tuple(v) if isinstance(v, list) else v for name, v in settings["model_args"].items()}
+    dtype = getattr(torch, settings["dtype"])
+    try:
+        model = timm.create_model(settings["architecture"], pretrained=delta, **saved_args).to(dtype)
+    except Exception as error:
+        raise ValueError(
+            f"cannot rebuild {settings['architecture']} for {folder}: {' '.join(str(error).split())}"
+        ) from error
+    if delta and _fingerprint(model.state_dict()) != settings["dense_fingerprint"]:
+        raise ValueError(
+            f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
+            f"weights here are not the ones it was made from; save the model again where it was made"
+        )
+    sparse = sparsify(model, SparsifinerConfig.from_dict(settings["config"]), inplace=True).to(dtype)
+    if settings["basis_grid"] is not None:
+        for layer in sparse_layers(sparse).values():
+            layer.reset_predictor(tuple(settings["basis_grid"]))
+    result = _load_state_dict(sparse, weights, folder / WEIGHTS_NAME)
+    missing = [name for name in result.missing_keys if not delta and name in sparse.state_dict()]
+    if result.unexpected_keys or missing:
+        name = (result.unexpected_keys or missing)[0]
+        raise ValueError(
+            f"{folder / WEIGHTS_NAME} does not fit {settings['architecture']}: "
+            f"{len(result.unexpected_keys)} unexpected and {len(missing)} missing tensors, such as {name}"
+        )
+    if img_size is not None and hasattr(sparse, "set_input_size"):
+        sparse.set_input_size(img_size=img_size)
+    return sparse.eval()
+
+
+def _architecture(model: nn.Module) -> str:
+    pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = pretrained_cfg.get("architecture")
+    if not name:
+        raise ValueError(
+            f"{type(model).__name__} was not made by timm.create_model, so it cannot be rebuilt from a name; "
+            f"save the sparse backbone alone, or use state_dict()"
+        )
+    tag = pretrained_cfg.get("tag")
+    return f"{name}.{tag}" if tag else name
+
+
+def _model_args(model: nn.Module) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that users change most, read off the model."""
+    arguments: dict[str, Any] = {"num_classes": model.num_classes}
+    embed = model.patch_embed
+    if getattr(embed, "img_size", None) is not None:
+        arguments["img_size"] = list(embed.img_size)
+    if getattr(model, "dynamic_img_size", False):
+        arguments["dynamic_img_size"] = True
+    if isinstance(getattr(model, "global_pool", None), str):
+        arguments["global_pool"] = model.global_pool
+    blocks = getattr(model, "blocks", None)
+    if blocks is not None:
+        arguments["depth"] = len(blocks)
+    return arguments
+
+
+def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, Any]) -> None:
+    """Make the dense model again without memory, and compare every name and shape."""
+    want = {name: tuple(tensor.shape) for name, tensor in _dense_state(model).items()}
+    try:
+        with torch.device("meta"):
+            rebuilt = timm.create_model(architecture, **arguments)
+    except Exception as error:
+        raise ValueError(
+            f"timm cannot rebuild {architecture} with {arguments} ({' '.join(str(error).split())}); pass model_args"
+        ) from error
+    got = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
+    if got != want:
+        name = sorted(set(got.items()) ^ set(want.items()))[0][0]
+        raise ValueError(
+            f"{architecture} made with {arguments} differs from this model, for instance in {name} "
+            f"({got.get(name)} instead of {want.get(name)}); pass the arguments of timm.create_model as model_args"
+        )
+
+
+def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the predictors' own weights."""
+    own = tuple(f"{name}.predictor.".lstrip(".") for name in sparse_layers(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+
+
+def _basis_grid(layer: nn.Module) -> list[int] | None:
+    """The patch grid a low-rank basis is made for; other predictors have none."""
+    return list(layer.predictor.grid) if isinstance(layer.predictor, LowRankPredictor) else None
+
+
+def _common_config(configs: list[SparsifinerConfig]) -> SparsifinerConfig:
+    """One config for all layers; only their keep rates may differ."""
+    rates = tuple(config.keep_rate for config in configs)
+    first = configs[0]
+    for number, config in enumerate(configs):
+        if config.replace(keep_rate=first.keep_rate) != first:
+            raise ValueError(f"layer {number} differs from layer 0 in more than its keep rate; such a model cannot be saved")
+    return first if len(set(rates)) == 1 else first.replace(keep_rate=rates)
+
+
+def _local_pretrained(architecture: str, arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """The pretrained state dict if it is on this computer already, else None. Nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+
+    pretrained_cfg = timm.get_pretrained_cfg(architecture)
+    if pretrained_cfg is None:
+        return None
+    cached = pretrained_cfg.file is not None and os.path.isfile(pretrained_cfg.file)
+    if not cached and pretrained_cfg.hf_hub_id:
+        cached = isinstance(try_to_load_from_cache(pretrained_cfg.hf_hub_id, SAFETENSORS_SINGLE_FILE), str)
+    if not cached:
+        return None
+    return timm.create_model(architecture, pretrained=True, **arguments).to(dtype).state_dict()
+
+
+def _fingerprint(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory; give each its own."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no saved sparse model: {CONFIG_NAME} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    names = {"format", "architecture", "model_args", "dtype", "config", "basis_grid", "dense_fingerprint"}
+    if not isinstance(settings, dict) or not names <= settings.keys():
+        raise ValueError(f"{path} is not the description of a saved sparse model; expected {', '.join(sorted(names))}")
+    if settings["format"] != FORMAT:
+        raise ValueError(f"{path} has format {settings['format']}, this version reads {FORMAT}; update sparsifiner")
+    return settings
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; copy it beside {CONFIG_NAME}") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+
+
+def _load_state_dict(model: nn.Module, weights: dict[str, Tensor], path: Path) -> Any:
+    try:
+        return model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
