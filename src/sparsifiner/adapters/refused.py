@@ -23,6 +23,7 @@ REFUSED: dict[str, str] = {
     "DiffAttention": "it subtracts two attention maps; a selection for the difference is not defined",
     "DiffParallelScalingBlock": "it subtracts two attention maps; a selection for the difference is not defined",
     "FactorAttnConvRelPosEnc": "it is linear attention without a token-by-token map",
+    "Gemma4Attention": "its model pads images to a common length, and a mask hides the padding",
     "GlobalSubSampleAttn": _SUBSAMPLED,
     "LocallyGroupedAttn": _WINDOWS,
     "MaskUnitAttention": _WINDOWS,

@@ -1,0 +1,44 @@
+"""Models and inputs that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Random weights large enough that attention shows in the output (LayerScale starts at 1e-5)."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.1 * noise)
+            else:
+                parameter.copy_(0.3 * noise)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., nn.Module]:
+    """A two-layer ViT on 8x8 patches of 4 pixels; keyword arguments go to timm."""
+
+    def make(name: str = "vit_tiny_patch16_224", **changes: object) -> nn.Module:
+        settings = dict(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=7)
+        return lively(timm.create_model(name, **{**settings, **changes}))
+
+    return make
+
+
+@pytest.fixture
+def images() -> Callable[..., Tensor]:
+    def make(*size: int) -> Tensor:
+        return torch.randn(*size, generator=torch.Generator().manual_seed(1))
+
+    return make
