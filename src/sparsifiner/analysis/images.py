@@ -84,7 +84,7 @@ def bundled_photos(limit: int | None = None) -> Photos:
     return Photos(loaded.photos, loaded.skipped, "bundled photographs")
 
 
-def square(image: Image, size: tuple[int, int]) -> Image:
+def crop(image: Image, size: tuple[int, int]) -> Image:
     """Resize the shorter side and crop the centre: ``image`` as it fills ``size``, rows and columns in pixels."""
     from PIL import Image as Pillow
     from PIL import ImageOps
@@ -106,7 +106,7 @@ def preprocess(model: nn.Module, size: tuple[int, int]) -> Callable[[Image], Ten
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
 
     def transform(image: Image) -> Tensor:
-        pixels = torch.from_numpy(numpy.array(square(image, size))).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(numpy.array(crop(image, size))).permute(2, 0, 1).float() / 255
         return (pixels - mean) / std
 
     return transform
