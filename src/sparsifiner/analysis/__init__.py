@@ -1,0 +1,22 @@
+"""What sparsity gains and costs: FLOPs, fidelity, latency, memory, pictures and the report."""
+
+from .fidelity import Fidelity, ImageFidelity, measure_fidelity
+from .flops import FlopReport, LayerFlops, count_flops
+from .latency import BreakEven, Timings, break_even, compare_latency, interleave
+from .memory import PeakMemory, measure_memory
+
+__all__ = [
+    "BreakEven",
+    "Fidelity",
+    "FlopReport",
+    "ImageFidelity",
+    "LayerFlops",
+    "PeakMemory",
+    "Timings",
+    "break_even",
+    "compare_latency",
+    "count_flops",
+    "interleave",
+    "measure_fidelity",
+    "measure_memory",
+]

@@ -1,0 +1,143 @@
+"""The images a report is made on: the user's folder or the four bundled photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A decoded picture: its file name and the RGB image as it was taken."""
+
+    name: str
+    image: Image
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Pictures of one folder.
+
+    Args:
+        photos: those that could be read, by name.
+        skipped: file name and reason of those that could not.
+        source: the folder, or what else they are.
+    """
+
+    photos: list[Photo]
+    skipped: dict[str, str] = field(default_factory=dict)
+    source: str = ""
+
+
+def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
+    """Read the pictures of a folder, sorted by name; its subfolders are left alone.
+
+    An unreadable picture is skipped and named in the result; the next one takes its place in ``limit``.
+
+    Args:
+        folder: where they lie; jpg, png, webp, bmp or tif.
+        limit: how many at most.
+
+    Raises:
+        ValueError: if the folder is missing, is no folder, or holds no readable picture.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(f"the image folder {folder} does not exist; give a folder that holds jpg, png, webp, bmp or tif")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the folder that holds the images")
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    except OSError as error:
+        raise ValueError(f"the image folder {folder} cannot be read: {error.strerror}") from error
+    if not files:
+        raise ValueError(f"the folder {folder} holds no image; expected jpg, png, webp, bmp or tif files in it")
+    photos: list[Photo] = []
+    skipped: dict[str, str] = {}
+    for file in files:
+        if limit is not None and len(photos) == limit:
+            break
+        try:
+            photos.append(Photo(file.name, _read(file)))
+        except Exception as error:  # PIL's decoders raise what they like on a broken file
+            skipped[file.name] = _reason(error)
+    if not photos:
+        raise ValueError(f"none of the {len(files)} images in {folder} can be read; the first: {next(iter(skipped.items()))}")
+    return Photos(photos, skipped, str(folder))
+
+
+def bundled_photos(limit: int | None = None) -> Photos:
+    """The four free photographs that come with the package (``data/photos/LICENSES.md``)."""
+    with resources.as_file(resources.files("sparsifiner") / "data" / "photos") as folder:
+        loaded = load_photos(folder, limit)
+    return Photos(loaded.photos, loaded.skipped, "bundled photographs")
+
+
+def crop(image: Image, size: tuple[int, int]) -> Image:
+    """Resize the shorter side and crop the centre: ``image`` as it fills ``size``, rows and columns in pixels."""
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    return ImageOps.fit(image, (size[1], size[0]), Pillow.Resampling.BICUBIC)
+
+
+def preprocess(model: nn.Module, size: tuple[int, int]) -> Callable[[Image], Tensor]:
+    """A function from an RGB image to ``[3, rows, columns]``, normalised as the model expects, float32.
+
+    Args:
+        model: a timm model; mean and standard deviation are those of its own configuration.
+        size: rows and columns in pixels.
+    """
+    import numpy
+    from timm.data import resolve_model_data_config
+
+    config: dict[str, Any] = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+
+    def transform(image: Image) -> Tensor:
+        pixels = torch.from_numpy(numpy.array(crop(image, size))).permute(2, 0, 1).float() / 255
+        return (pixels - mean) / std
+
+    return transform
+
+
+def check_size(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Refuse a size, rows and columns in pixels, that the patches do not divide; the error names near ones."""
+    if any(side % patch for side, patch in zip(size, patch_size, strict=True)):
+        near = []
+        for up in (0, 1):
+            rows, columns = (
+                max(patch, (side // patch + (up and side % patch > 0)) * patch)
+                for side, patch in zip(size, patch_size, strict=True)
+            )
+            near.append(str(rows) if rows == columns else f"{rows}x{columns}")
+        wanted = size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        raise ValueError(
+            f"image size {wanted} is not a multiple of the model's {patch_size[0]}x{patch_size[1]} patches; "
+            f"use {' or '.join(dict.fromkeys(near))}"
+        )
+
+
+def _read(file: Path) -> Image:
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    with Pillow.open(file) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image"
+    return " ".join(str(error).split()) or type(error).__name__

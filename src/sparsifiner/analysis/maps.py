@@ -1,0 +1,163 @@
+"""What a few query patches attend to in the dense model, and which keys the sparse model keeps for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Observer, SparseAttention
+from ..config import SparsifinerConfig
+from ..connectivity import Connectivity
+from ..convert import sparse_layers, sparsify
+
+# Rows and columns of the default queries, as shares of the grid: spread out, and off the border.
+QUERY_PLACES = ((0.28, 0.42), (0.55, 0.68), (0.82, 0.22))
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One layer and a few queries ``Q`` of one image; grid ``rows x columns``.
+
+    Args:
+        name: path of the layer.
+        number: its place among the sparse layers, from 1.
+        attention: dense attention of each query to every patch, mean over the heads, ``[Q, rows, columns]``.
+        kept: share of the heads in which the sparse model keeps the patch, in 0..1, ``[Q, rows, columns]``.
+        mass: share of the dense attention (prefix tokens included) on the keys kept, mean over heads, ``[Q]``.
+        tiles: first row, first column, rows and columns of the query tile, in patches.
+    """
+
+    name: str
+    number: int
+    attention: Tensor
+    kept: Tensor
+    mass: Tensor
+    tiles: list[tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """The maps of one image.
+
+    Args:
+        queries: row and column of each query patch.
+        grid: rows and columns of the patch grid.
+        layers: an early, a middle and a late layer, or those asked for.
+        num_layers: sparse layers of the model.
+        keep_rate: of the first of ``layers``.
+    """
+
+    queries: list[tuple[int, int]]
+    grid: tuple[int, int]
+    layers: list[LayerMap]
+    num_layers: int
+    keep_rate: float
+
+
+def attention_maps(
+    dense: nn.Module,
+    sparse: nn.Module,
+    x: Tensor,
+    *,
+    queries: Sequence[tuple[int, int]] | None = None,
+    layers: Sequence[int] | None = None,
+) -> AttentionMaps:
+    """Compare dense attention and kept keys for a few query patches of one image.
+
+    Args:
+        dense: a dense model in evaluation mode.
+        sparse: its sparse version.
+        x: one preprocessed image ``[1, 3, height, width]``.
+        queries: rows and columns of patches; three places spread over the grid if None.
+        layers: numbers of sparse layers from 0; the first, the middle and the last if None.
+
+    Raises:
+        ValueError: if ``x`` holds more than one image, or a query lies outside the grid.
+    """
+    if x.ndim != 4 or x.shape[0] != 1:
+        raise ValueError(f"x must hold one image, [1, 3, height, width], got {list(x.shape)}")
+    names = list(sparse_layers(sparse))
+    chosen = sorted(set(layers if layers is not None else (0, (len(names) - 1) // 2, len(names) - 1)))
+    wanted = {names[number]: number for number in chosen}
+    kept: dict[str, Connectivity] = {}
+
+    def keep(name: str, layer: SparseAttention, q: Tensor, k: Tensor, connectivity: Connectivity | None) -> None:
+        if connectivity is not None:
+            kept[name] = connectivity
+
+    with torch.no_grad(), _observing(sparse, wanted, keep):
+        sparse(x)
+    tiling = next(iter(kept.values())).tiling
+    rows, columns = tiling.grid
+    if queries is None:
+        queries = [(int(y * rows), int(z * columns)) for y, z in QUERY_PLACES]
+    if any(not (0 <= y < rows and 0 <= z < columns) for y, z in queries):
+        raise ValueError(f"a query lies outside the {rows}x{columns} patch grid: {list(queries)}")
+    tokens = torch.tensor([tiling.num_prefix_tokens + y * columns + z for y, z in queries], device=x.device)
+    weights: dict[str, Tensor] = {}
+
+    def attend(name: str, layer: SparseAttention, q: Tensor, k: Tensor, connectivity: Connectivity | None) -> None:
+        logits = q[0][:, tokens].float() @ k[0].float().transpose(-1, -2) * layer.scale
+        weights[name] = logits.softmax(-1).cpu()  # [H, Q, N]
+
+    twin = _dense_with_observers(dense)
+    with torch.no_grad(), _observing(twin, wanted, attend):
+        twin(x)
+    maps = [_layer_map(name, wanted[name], weights[name], kept[name], list(queries)) for name in wanted]
+    rate = sparse_layers(sparse)[maps[0].name].predictor.keep_rate
+    return AttentionMaps(list(queries), (rows, columns), maps, len(names), rate)
+
+
+def _layer_map(
+    name: str, number: int, weights: Tensor, connectivity: Connectivity, queries: list[tuple[int, int]]
+) -> LayerMap:
+    tiling = connectivity.tiling
+    heads, (rows, columns), prefix = weights.shape[0], tiling.grid, tiling.num_prefix_tokens
+    tile_of_patch = tiling.tile_of_patch(torch.device("cpu"))
+    kept, mass, tiles = [], [], []
+    for query, (y, z) in enumerate(queries):
+        tile = int(tile_of_patch[y * columns + z])
+        indices = connectivity.indices[0, :, tile].long().cpu()  # [H, K]
+        valid = torch.ones(indices.shape)
+        if connectivity.bias is not None:
+            valid = (connectivity.bias[0, :, tile] > float("-inf")).float().cpu()
+        mask = torch.zeros(heads, tiling.num_tokens).scatter_reduce_(-1, indices, valid, "amax")
+        kept.append(mask.mean(0)[prefix:].view(rows, columns))
+        mass.append((weights[:, query] * mask).sum(-1).mean())
+        top, left = y // tiling.tile[0] * tiling.tile[0], z // tiling.tile[1] * tiling.tile[1]
+        tiles.append((top, left, min(tiling.tile[0], rows - top), min(tiling.tile[1], columns - left)))
+    attention = weights.mean(0)[:, prefix:].unflatten(1, (rows, columns))
+    return LayerMap(name, number + 1, attention, torch.stack(kept), torch.stack(mass), tiles)
+
+
+def _dense_with_observers(dense: nn.Module) -> nn.Module:
+    """A copy whose attention runs dense but tells q and k: the layers of the paper's reconstruction phase."""
+    config = SparsifinerConfig(
+        predictor="lowrank", attn_recon=True, query_tile=(1, 1), tail=None, n_down=1, reduce_c_factor=1
+    )
+    twin = sparsify(dense, config)
+    for layer in sparse_layers(twin).values():
+        layer.training = True  # this module alone; dropout inside it stays off
+    return twin
+
+
+@contextmanager
+def _observing(model: nn.Module, names: dict[str, int], see) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    """Let ``see(name, layer, q, k, connectivity)`` watch the named layers, so that nothing else is kept."""
+
+    def observer(name: str) -> Observer:
+        return lambda layer, q, k, v, connectivity: see(name, layer, q, k, connectivity)
+
+    layers = {name: layer for name, layer in sparse_layers(model).items() if name in names}
+    previous = {name: layer.observer for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.observer = observer(name)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.observer = previous[name]
