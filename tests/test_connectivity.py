@@ -12,7 +12,9 @@ from sparsifiner.connectivity import pool_tail, tail_log_counts
 
 CPU = torch.device("cpu")
 tilings = st.builds(
-    lambda rows, columns, height, width, prefix: Tiling((rows, columns), (min(height, rows), min(width, columns)), prefix),
+    lambda rows, columns, height, width, prefix: Tiling(
+        (rows, columns), (min(height, rows), min(width, columns)), prefix
+    ),
     st.integers(1, 12),
     st.integers(1, 12),
     st.integers(1, 5),

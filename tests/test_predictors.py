@@ -39,7 +39,9 @@ def build(name: str, tiling: Tiling, heads: int = 2, **changes: object):
 def test_keeps_exactly_the_budget_without_duplicates(name, grid, tile, prefix, keep_rate, keep_prefix) -> None:
     tiling = Tiling(grid, tile, prefix)
     q, k, v = tensors(tiling)
-    connectivity = build(name, tiling, keep_rate=keep_rate, keep_prefix=keep_prefix, reduce_n_factor=2)(q, k, v, tiling, 0.25)
+    connectivity = build(name, tiling, keep_rate=keep_rate, keep_prefix=keep_prefix, reduce_n_factor=2)(
+        q, k, v, tiling, 0.25
+    )
     always = prefix if keep_prefix else 0
     want = always + math.ceil(keep_rate * (tiling.num_tokens - always))
     assert connectivity.indices.shape == (2, 2, tiling.num_tiles, want)

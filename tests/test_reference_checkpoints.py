@@ -66,18 +66,28 @@ def test_conformance(name: str) -> None:
 
 
 def test_training_checkpoints_are_unwrapped() -> None:
-    state = {k.removeprefix("state."): v for k, v in load_file(CASES / "default.safetensors").items() if k.startswith("state.")}
+    state = {
+        k.removeprefix("state."): v
+        for k, v in load_file(CASES / "default.safetensors").items()
+        if k.startswith("state.")
+    }
     wrapped = {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3}
     keep_rate = SETTINGS["default"]["keep_rate"]
     x = load_file(CASES / "default.safetensors")["input"]
     with torch.no_grad():
-        assert torch.equal(from_reference(wrapped, keep_rate=keep_rate)(x), from_reference(state, keep_rate=keep_rate)(x))
+        assert torch.equal(
+            from_reference(wrapped, keep_rate=keep_rate)(x), from_reference(state, keep_rate=keep_rate)(x)
+        )
 
 
 def test_foreign_and_truncated_checkpoints_are_refused() -> None:
     with pytest.raises(ValueError, match="not a checkpoint of the Sparsifiner reference"):
         from_reference({"cls_token": torch.zeros(1, 1, 8)})
-    state = {k.removeprefix("state."): v for k, v in load_file(CASES / "default.safetensors").items() if k.startswith("state.")}
+    state = {
+        k.removeprefix("state."): v
+        for k, v in load_file(CASES / "default.safetensors").items()
+        if k.startswith("state.")
+    }
     del state["norm.weight"]
     with pytest.raises(ValueError, match="does not fit the model it describes.*norm.weight"):
         from_reference(state)

@@ -126,7 +126,9 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
 
 
 def test_names_that_are_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown model 'vit_small_patch14_dinov': did you mean vit_small_patch14_dinov2"):
+    with pytest.raises(
+        ValueError, match="unknown model 'vit_small_patch14_dinov': did you mean vit_small_patch14_dinov2"
+    ):
         load_model("vit_small_patch14_dinov")
     with pytest.raises(ValueError, match="unknown model 'bultin': did you mean builtin"):
         load_model("bultin")

@@ -35,6 +35,8 @@ class SparseAttention(nn.Module):
     dense_class: ClassVar[type[nn.Module]]
     num_heads: int
     scale: float
+    proj: nn.Linear
+    proj_drop: nn.Dropout
 
     @classmethod
     def refusal(cls, dense: nn.Module) -> str | None:

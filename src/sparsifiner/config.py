@@ -145,7 +145,8 @@ class SparsifinerConfig:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}"
                 raise ValueError(f"unknown setting {name!r}; {hint}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
 
     @classmethod
     def from_file(cls, path: str | Path) -> SparsifinerConfig:

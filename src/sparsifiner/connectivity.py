@@ -94,9 +94,7 @@ def tail_log_counts(connectivity: Connectivity, blocks: Tiling) -> Tensor:
     """Log of the number of keys per block that each tile did not keep, float32 ``[B, H, T, P]``."""
     indices, prefix = connectivity.indices, connectivity.tiling.num_prefix_tokens
     # Prefix keys and padding are counted in an extra last column, which is cut off.
-    block_of_token = torch.nn.functional.pad(
-        blocks.tile_of_patch(indices.device), (prefix, 0), value=blocks.num_tiles
-    )
+    block_of_token = torch.nn.functional.pad(blocks.tile_of_patch(indices.device), (prefix, 0), value=blocks.num_tiles)
     block = block_of_token[indices.long()]
     if connectivity.bias is not None:
         block = block.masked_fill(connectivity.bias == float("-inf"), blocks.num_tiles)

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -186,7 +187,7 @@ def _owner(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _patch_grid(owner: nn.Module) -> PatchGrid:
+def _patch_grid(owner: Any) -> PatchGrid:
     embed = owner.patch_embed
     return PatchGrid(tuple(embed.grid_size), tuple(getattr(embed, "patch_size", (1, 1))), owner.num_prefix_tokens)
 

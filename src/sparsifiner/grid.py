@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 
 class PatchGrid:
@@ -23,7 +25,7 @@ class PatchGrid:
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens
 
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, patch_embed: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.ndim == 4:  # [B, rows, columns, C], as timm returns it for dynamic image sizes
             self.shape = (output.shape[1], output.shape[2])
             return

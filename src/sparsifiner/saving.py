@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .attention import SparseAttention
 from .config import SparsifinerConfig
 from .convert import sparse_layers, sparsify
 from .predictors import LowRankPredictor
@@ -59,7 +60,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     base = _local_pretrained(architecture, arguments, dtype)
     if base is not None:
         settings["dense_fingerprint"] = _fingerprint(base)
-        state = {name: tensor for name, tensor in state.items() if name not in base or not torch.equal(tensor, base[name])}
+        state = {
+            name: tensor for name, tensor in state.items() if name not in base or not torch.equal(tensor, base[name])
+        }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(_without_aliases(state), path))
@@ -81,7 +84,9 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
     settings = _read_settings(folder)
     weights = _read_weights(folder / WEIGHTS_NAME)
     delta = settings["dense_fingerprint"] is not None
-    saved_args = {name: tuple(v) if isinstance(v, list) else v for name, v in settings["model_args"].items()}
+    saved_args: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in settings["model_args"].items()
+    }
     dtype = getattr(torch, settings["dtype"])
     try:
         model = timm.create_model(settings["architecture"], pretrained=delta, **saved_args).to(dtype)
@@ -106,9 +111,15 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
             f"{folder / WEIGHTS_NAME} does not fit {settings['architecture']}: "
             f"{len(result.unexpected_keys)} unexpected and {len(missing)} missing tensors, such as {name}"
         )
-    if img_size is not None and hasattr(sparse, "set_input_size"):
-        sparse.set_input_size(img_size=img_size)
+    if img_size is not None:
+        _set_input_size(sparse, img_size)
     return sparse.eval()
+
+
+def _set_input_size(model: Any, img_size: tuple[int, int]) -> None:
+    if not hasattr(model, "set_input_size"):
+        raise ValueError(f"{type(model).__name__} cannot change its image size; leave img_size out")
+    model.set_input_size(img_size=img_size)
 
 
 def _architecture(model: nn.Module) -> str:
@@ -123,7 +134,7 @@ def _architecture(model: nn.Module) -> str:
     return f"{name}.{tag}" if tag else name
 
 
-def _model_args(model: nn.Module) -> dict[str, Any]:
+def _model_args(model: Any) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` that users change most, read off the model."""
     arguments: dict[str, Any] = {"num_classes": model.num_classes}
     embed = model.patch_embed
@@ -164,7 +175,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
 
 
-def _basis_grid(layer: nn.Module) -> list[int] | None:
+def _basis_grid(layer: SparseAttention) -> list[int] | None:
     """The patch grid a low-rank basis is made for; other predictors have none."""
     return list(layer.predictor.grid) if isinstance(layer.predictor, LowRankPredictor) else None
 
@@ -175,7 +186,9 @@ def _common_config(configs: list[SparsifinerConfig]) -> SparsifinerConfig:
     first = configs[0]
     for number, config in enumerate(configs):
         if config.replace(keep_rate=first.keep_rate) != first:
-            raise ValueError(f"layer {number} differs from layer 0 in more than its keep rate; such a model cannot be saved")
+            raise ValueError(
+                f"layer {number} differs from layer 0 in more than its keep rate; such a model cannot be saved"
+            )
     return first if len(set(rates)) == 1 else first.replace(keep_rate=rates)
 
 
@@ -200,7 +213,7 @@ def _fingerprint(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.models.beit import Attention as BeitAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import SparseAttention
 from .rope import project_without_key_bias
@@ -36,6 +36,10 @@ class SparseRelPosAttention(SparseAttention, RelPosAttention):
     """A bias from the layer's own relative-position module, or the model's shared one."""
 
     dense_class = RelPosAttention
+    rel_pos: Any
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def project(
         self, x: Tensor, shared_rel_pos: Tensor | None = None, **context: Any

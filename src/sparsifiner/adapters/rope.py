@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers.attention import AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import SparseAttention, refuse_mask
 from .vit import gated_projection, split_heads, split_qkv
@@ -21,7 +21,12 @@ class SparseRopeAttention(SparseAttention, AttentionRope):
     dense_class = AttentionRope
 
     def project(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False, **context: Any
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **context: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         refuse_mask(attn_mask, is_causal)
         if self.qkv is not None:
@@ -44,7 +49,12 @@ class SparseEvaAttention(SparseAttention, EvaAttention):
     dense_class = EvaAttention
 
     def project(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False, **context: Any
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **context: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         refuse_mask(attn_mask, is_causal)
         if self.qkv is not None:
@@ -58,7 +68,7 @@ class SparseEvaAttention(SparseAttention, EvaAttention):
         return gated_projection(self, x, out)
 
 
-def project_without_key_bias(layer: nn.Module, x: Tensor) -> Tensor:
+def project_without_key_bias(layer: Any, x: Tensor) -> Tensor:
     """The packed projection of EVA and BEiT, whose bias is stored for q and v only."""
     if layer.q_bias is None:
         return layer.qkv(x)
@@ -68,7 +78,7 @@ def project_without_key_bias(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, layer.qkv.weight, bias)
 
 
-def rotate(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+def rotate(layer: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rotary embedding of the patch tokens of q and k; prefix tokens stay."""
     if rope is None:
         return q, k

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers.attention import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import SparseAttention, refuse_mask
 
@@ -25,6 +25,9 @@ class SparseVitAttention(SparseAttention, Attention):
     """q/k norm, output norm, output gate and projection as in timm's ``Attention``."""
 
     dense_class = Attention
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def project(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **context: Any
@@ -37,7 +40,7 @@ class SparseVitAttention(SparseAttention, Attention):
         return gated_projection(self, x, out)
 
 
-def gated_projection(layer: SparseAttention, x: Tensor, out: Tensor) -> Tensor:
+def gated_projection(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     """Output norm, then the sigmoid gate where there is one, then the projection."""
     out = layer.norm(out)
     if layer.gate is not None:

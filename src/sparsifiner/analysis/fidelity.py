@@ -107,7 +107,7 @@ def measure_fidelity(
     return Fidelity(results, {layer: sum(values) / len(values) for layer, values in density.items()})
 
 
-def final_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def final_features(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Final patch features ``[B, patches, C]`` and class feature ``[B, C]`` (None without class token), float32."""
     if not hasattr(model, "forward_features"):
         raise ValueError(f"{type(model).__name__} has no forward_features; fidelity needs a timm Vision Transformer")

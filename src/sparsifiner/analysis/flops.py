@@ -224,9 +224,7 @@ def _layer(
     name: str, attention: nn.Module, counts: _Counts, block: str, seen: LayerRecord | None, batch: int, num_tokens: int
 ) -> LayerFlops:
     mlp = counts.total(block) - counts.total(name) if block else 0
-    layer = LayerFlops(
-        name, False, num_tokens, 1.0, counts.linear(name), counts.attention(name), 0, {}, 0, mlp
-    )
+    layer = LayerFlops(name, False, num_tokens, 1.0, counts.linear(name), counts.attention(name), 0, {}, 0, mlp)
     if not isinstance(attention, SparseAttention) or seen is None or seen.connectivity is None:
         return layer
     connectivity, config = seen.connectivity, attention.config

@@ -68,7 +68,9 @@ def measure_memory(model: nn.Module, x: Tensor, *, timeout: float = 600.0) -> Pe
         # Classes in the pickle must be found where this process found them.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
+            )
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"the measuring process was not done after {timeout:.0f} s") from error
     if done.returncode != 0:

@@ -64,7 +64,15 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
             _outline(axes, layer.tiles[row], maps, pixels, query=maps.queries[row], tile=False)
             if row == 0:
                 centre = x + side + gap / 2
-                text(centre, 0.62, f"layer {layer.number} of {maps.num_layers}", 11, weight="bold", ha="center", va="center")
+                text(
+                    centre,
+                    0.62,
+                    f"layer {layer.number} of {maps.num_layers}",
+                    11,
+                    weight="bold",
+                    ha="center",
+                    va="center",
+                )
                 text(x + side / 2, 0.84, "dense model attends to", 9.5, _FAINT, ha="center", va="center")
                 text(x + side * 1.5 + gap, 0.84, "sparse model keeps", 9.5, _FAINT, ha="center", va="center")
             axes, x = panel(row, 2 + 2 * number)

@@ -67,7 +67,9 @@ def from_reference(
     side = math.isqrt(len(w_down) - 1)
     if img_size is None:
         if side * side != len(w_down) - 1:
-            raise ValueError(f"the checkpoint has {len(w_down) - 1} patches, not a square; give img_size=(height, width)")
+            raise ValueError(
+                f"the checkpoint has {len(w_down) - 1} patches, not a square; give img_size=(height, width)"
+            )
         img_size = (side * patch_height, side * patch_width)
     head = state.get("head.weight")
     dense = (VisionTransformer if token_keep_rate is None else ZeroedTokensVit)(
@@ -115,5 +117,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], share_basis: bool) -> None
     try:
         model.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit the model it describes: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"the checkpoint does not fit the model it describes: {' '.join(str(error).split())}"
+        ) from error
     assert sparse_layers(model)

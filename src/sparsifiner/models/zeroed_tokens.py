@@ -6,6 +6,7 @@ It reproduces their checkpoints. It saves nothing.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ class ZeroedTokensVit(VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         alive: Tensor | None = None
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             attended, alive = block.attn.attend_alive(block.norm1(x), alive)
             x = x + block.drop_path1(block.ls1(attended))
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -40,6 +42,7 @@ class ZeroedTokensAttention(SparseVitAttention):
     """Sparse attention among the patches that are alive, and the choice of those that stay so."""
 
     token_keep_rate: float | None = None
+    predictor: ZeroedTokensPredictor
 
     def reset_predictor(self, grid: tuple[int, int]) -> None:
         self.predictor = ZeroedTokensPredictor(
@@ -82,7 +85,9 @@ class ZeroedTokensPredictor(LowRankPredictor):
             return super().select(scores, ranges, tiling)
         dead_key = ~_with_class(self.alive)[:, None, None, :]
         budget = min(math.ceil(self.keep_rate * tiling.num_tokens), int(self.alive[0].sum()))
-        alive_scores = torch.cat([scores(start, stop) for start, stop in ranges], dim=2).masked_fill(dead_key, float("-inf"))
+        alive_scores = torch.cat([scores(start, stop) for start, stop in ranges], dim=2).masked_fill(
+            dead_key, float("-inf")
+        )
         indices = alive_scores.topk(budget, dim=-1, sorted=False).indices.to(torch.int32)
         return Connectivity(tiling, indices)
 

@@ -108,7 +108,12 @@ def _check(
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device")
     if attn_bias is not None:
-        shape = (batch if attn_bias.shape[0] != 1 else 1, heads if attn_bias.shape[1] != 1 else 1, num_tokens, num_columns)
+        shape = (
+            batch if attn_bias.shape[0] != 1 else 1,
+            heads if attn_bias.shape[1] != 1 else 1,
+            num_tokens,
+            num_columns,
+        )
         _check_shape("attn_bias", attn_bias, shape)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
@@ -118,6 +123,8 @@ def _check(
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    if tensor.ndim != len(shape) or any(want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)):
+    if tensor.ndim != len(shape) or any(
+        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    ):
         want = ", ".join("K" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{want}], got {list(tensor.shape)}")

@@ -21,7 +21,13 @@ CHUNK_BYTES = 8 * 2**20
 
 
 def gather_attention(
-    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, tail: Tail | None, attn_bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    connectivity: Connectivity,
+    tail: Tail | None,
+    attn_bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Arguments and result as in ``sparse_attention``."""
     return _gather_attention(
@@ -55,7 +61,7 @@ def _gather_attention(
     num_prefix_tokens: int,
     scale: float,
 ) -> Tensor:
-    batch, heads, num_tokens, width = q.shape
+    num_tokens, width = q.shape[2:]
     out = _empty_output(q)
     if num_prefix_tokens:
         mask = None if attn_bias is None else attn_bias[:, :, :num_prefix_tokens, :num_tokens]
@@ -111,7 +117,7 @@ class _Chunk:
         tail_bias: Tensor | None,
         attn_bias: Tensor | None,
     ) -> None:
-        batch, heads, num_tokens, width = q.shape
+        batch, heads, num_tokens, _ = q.shape
         num_tiles = tile_tokens.shape[0]
         flat = torch.arange(start, stop, device=q.device)
         self.shape = (batch, heads)
@@ -162,7 +168,9 @@ def _rows(x: Tensor, row: Tensor, tokens: Tensor) -> Tensor:
     return flat.index_select(0, index).view(*tokens.shape, x.shape[-1])
 
 
-def _chunks(q: Tensor, k: Tensor, v: Tensor, tile_tokens: Tensor, indices: Tensor, *rest: Tensor | None) -> Iterator[_Chunk]:
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, tile_tokens: Tensor, indices: Tensor, *rest: Tensor | None
+) -> Iterator[_Chunk]:
     bad = (indices < 0) | (indices >= k.shape[2])
     if not q.is_cuda and bad.any():
         raise IndexError(
@@ -198,7 +206,9 @@ def _gather_attention_backward(
     num_tokens, num_kept = q.shape[2], indices.shape[-1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     inputs = (q, k, v, bias, tail_k, tail_v, tail_bias, attn_bias)
-    grads = [q.new_empty(0, dtype=dtype) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs]
+    grads = [
+        q.new_empty(0, dtype=dtype) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs
+    ]
     grad_q, grad_k, grad_v, grad_bias, grad_tail_k, grad_tail_v, grad_tail_bias, grad_attn_bias = grads
     if num_prefix_tokens:
         prefix = slice(0, num_prefix_tokens)

@@ -9,7 +9,13 @@ from ..connectivity import Connectivity, Tail
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, tail: Tail | None, attn_bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    connectivity: Connectivity,
+    tail: Tail | None,
+    attn_bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Softmax over the kept keys by masking a dense score matrix; arguments as in ``sparse_attention``.
 

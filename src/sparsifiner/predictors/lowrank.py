@@ -42,7 +42,9 @@ class LowRankPredictor(Predictor):
                 f"and head width {head_dim}; lower reduce_n_factor or reduce_c_factor, or set n_down"
             )
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
-        self.scale = {"head_dim": width**-0.5, "num_heads": num_heads**-0.5}.get(str(config.scale)) or float(config.scale)
+        self.scale = {"head_dim": width**-0.5, "num_heads": num_heads**-0.5}.get(str(config.scale)) or float(
+            config.scale
+        )
         self.q_proj = nn.Linear(head_dim, width)
         self.k_proj = nn.Linear(head_dim, width)
         self.w_down = nn.Parameter(torch.empty(num_tokens, n_down))
@@ -89,8 +91,7 @@ class LowRankPredictor(Predictor):
 
     def basis(self, tiling: Tiling) -> Tensor:
         """``W_up`` as the scores use it, ``[N, n_down]``: absolute and thresholded but while reconstructing."""
-        w_up = self.w_down if self.w_up is None else self.w_up
-        w_up = self.resampled(w_up, tiling, total=False)
+        w_up = self.resampled(self.w_down if self.w_up is None else self.w_up, tiling, total=False)
         return w_up if self.reconstructing else F.threshold(w_up.abs(), self.config.basis_threshold, 0.0)
 
     def token_scores(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
@@ -129,7 +130,9 @@ class LowRankPredictor(Predictor):
         keys keeps its size.
         """
         if tiling.num_prefix_tokens != self.num_prefix_tokens:
-            raise ValueError(f"the predictor was made for {self.num_prefix_tokens} prefix tokens, got {tiling.num_prefix_tokens}")
+            raise ValueError(
+                f"the predictor was made for {self.num_prefix_tokens} prefix tokens, got {tiling.num_prefix_tokens}"
+            )
         if tiling.grid == self.grid:
             return weight
         prefix, patches = weight[: self.num_prefix_tokens], weight[self.num_prefix_tokens :]
