@@ -26,6 +26,7 @@ def test_keep_rates_outside_the_unit_interval_are_refused(rate: object) -> None:
         ({"keep_rate": ()}, "keep_rate is an empty list"),
         ({"reduce_n_factor": 0}, "reduce_n_factor must be a whole number of at least 1"),
         ({"coef_topk": 8, "coef_threshold": 0.05}, "coef_topk and coef_threshold exclude each other"),
+        ({"query_refine": -1}, "query_refine must be a whole number of at least 0"),
         ({"scale": "width"}, "scale 'width' is unknown"),
         ({"score_threshold": 0.1}, "score_threshold needs predictor='lowrank'"),
         ({"attn_recon": True}, "attn_recon needs predictor='lowrank'"),

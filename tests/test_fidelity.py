@@ -14,14 +14,18 @@ from sparsifiner.analysis.images import bundled_photos, preprocess
 from sparsifiner.models import load_model
 
 
+PHOTOS = 3
+
+
 @cache
 def model_and_photos() -> tuple[nn.Module, torch.Tensor, list[str]]:
     model = load_model("builtin", img_size=(504, 504))
-    photos = bundled_photos().photos
+    photos = bundled_photos(PHOTOS).photos
     transform = preprocess(model, (504, 504))
     return model, torch.stack([transform(photo.image) for photo in photos]), [photo.name for photo in photos]
 
 
+@cache
 def fidelity(config: SparsifinerConfig) -> tuple[float, float]:
     model, photos, names = model_and_photos()
     measured = measure_fidelity(model, sparsify(model, config), photos, names)
@@ -31,7 +35,7 @@ def fidelity(config: SparsifinerConfig) -> tuple[float, float]:
     return cosine, relative_l2
 
 
-@pytest.mark.parametrize(("keep_rate", "min_cosine", "max_l2"), [(0.1, 0.988, 0.14), (0.25, 0.994, 0.1)])
+@pytest.mark.parametrize(("keep_rate", "min_cosine", "max_l2"), [(0.1, 0.99, 0.13), (0.25, 0.995, 0.1)])
 def test_the_training_free_default_keeps_the_features(keep_rate: float, min_cosine: float, max_l2: float) -> None:
     cosine, relative_l2 = fidelity(SparsifinerConfig(keep_rate=keep_rate))
     assert cosine >= min_cosine

@@ -21,7 +21,7 @@ def tensors(tiling: Tiling, heads: int = 2, width: int = 16, seed: int = 0) -> t
 
 
 def build(name: str, tiling: Tiling, heads: int = 2, **changes: object):
-    config = SparsifinerConfig(predictor=name, query_tile=tiling.tile, **changes)
+    config = SparsifinerConfig(predictor=name, query_tile=tiling.tile, **{"tail": (2, 2), **changes})
     return build_predictor(
         config, num_heads=heads, head_dim=16, grid=tiling.grid, num_prefix_tokens=tiling.num_prefix_tokens
     )
@@ -77,8 +77,35 @@ def test_oracle_keeps_the_most_attention_any_choice_could() -> None:
 def test_pooled_with_single_queries_is_the_oracle() -> None:
     tiling = Tiling((5, 6), (1, 1), 1)
     q, k, v = tensors(tiling)
-    pooled = build("pooled", tiling, keep_rate=0.3)(q, k, v, tiling, 0.25)
+    pooled = build("pooled", tiling, keep_rate=0.3, tail=None)(q, k, v, tiling, 0.25)
     assert torch.equal(pooled.to_mask(), build("oracle", tiling, keep_rate=0.3)(q, k, v, tiling, 0.25).to_mask())
+
+
+def test_pooled_spends_the_budget_where_the_tail_would_be_wrong() -> None:
+    """Of equally attended keys those are kept whose value the pooled one misrepresents."""
+    tiling = Tiling((4, 4), (4, 4), 0)
+    q, k, v = torch.zeros(3, 1, 1, 16, 8)
+    v[..., 3, 0] = 1.0
+    v[..., 9, 1] = 2.0
+    kept = build("pooled", tiling, keep_rate=2 / 16, tail=(4, 4))(q, k, v, tiling, 1.0)
+    assert sorted(kept.indices.flatten().tolist()) == [3, 9]
+
+
+def test_pooled_groups_gather_like_queries() -> None:
+    """Two kinds of queries in a checkerboard: sub-block means blur them, two Lloyd steps part them."""
+    tiling = Tiling((4, 4), (4, 4), 0)
+    kind = (torch.arange(16) // 4 + torch.arange(16) % 4) % 2
+    q = torch.zeros(1, 1, 16, 8)
+    q[0, 0, :, 0] = torch.where(kind == 0, 5.0, -5.0) + 0.1 * torch.randn(
+        16, generator=torch.Generator().manual_seed(0)
+    )
+    blurred = build("pooled", tiling, query_refine=0).groups(q, tiling) @ q
+    parted = build("pooled", tiling, query_refine=2).groups(q, tiling) @ q
+    assert blurred[..., 0].abs().max() < 1
+    assert sorted(parted[0, 0, 0, :, 0].round().unique().tolist())[0] == -5.0
+    assert parted[..., 0].max().round() == 5.0
+    weights = build("pooled", tiling).groups(q, tiling)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
 
 
 @pytest.mark.parametrize("name", ["pooled", "oracle"])

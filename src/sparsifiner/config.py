@@ -34,8 +34,10 @@ class SparsifinerConfig:
             that were not kept, or None to drop those keys as the paper does.
         keep_prefix: whether prefix tokens (class, registers) are kept as keys by every tile, on top
             of the budget. The paper lets the class token compete as an ordinary candidate.
-        query_pool: ``pooled`` only: rows and columns of the query sub-blocks pooled before scoring.
-        reduction: ``pooled`` only: how the sub-blocks of a tile are merged into one score per key.
+        query_pool: ``pooled`` only: rows and columns of the sub-blocks whose queries are averaged before
+            scoring; a side that does not divide the tile's is taken as 1.
+        query_refine: ``pooled`` only: Lloyd steps that regroup a tile's queries around those averages.
+        reduction: ``pooled`` only: how the groups of a tile are merged into one score per key.
         reduce_n_factor: ``lowrank`` only: ``n_down = num_tokens // reduce_n_factor``.
         n_down: ``lowrank`` only: number of basis rows, instead of ``reduce_n_factor``.
         reduce_c_factor: ``lowrank`` only: head width divided by the predictor's width.
@@ -61,6 +63,7 @@ class SparsifinerConfig:
     tail: tuple[int, int] | None = (4, 4)
     keep_prefix: bool = True
     query_pool: tuple[int, int] = (2, 2)
+    query_refine: int = 2
     reduction: Reduction = "max"
     reduce_n_factor: int = 6
     n_down: int | None = None
@@ -95,6 +98,8 @@ class SparsifinerConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise ValueError("coef_topk and coef_threshold exclude each other; set one of them to None")
+        if not isinstance(self.query_refine, int) or self.query_refine < 0:
+            raise ValueError(f"query_refine must be a whole number of at least 0, got {self.query_refine!r}")
         if isinstance(self.scale, str) and self.scale not in ("head_dim", "num_heads"):
             raise ValueError(f"scale {self.scale!r} is unknown; choose head_dim, num_heads or a number")
         if self.score_threshold is not None and self.predictor != "lowrank":

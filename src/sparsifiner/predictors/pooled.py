@@ -1,8 +1,9 @@
-"""The training-free predictor: pooled queries of each tile against every key."""
+"""The training-free predictor: a few representative queries of each tile against every key."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..tiling import Tiling
@@ -10,39 +11,87 @@ from .base import Predictor, TileScores
 
 
 class PooledPredictor(Predictor):
-    """Attention of the mean queries of a tile's sub-blocks, merged into one score per key.
+    """Attention of a few representative queries per tile, times what the tail would get wrong of the value.
 
-    No weights: the model's own queries and keys are used. Sub-blocks are ``query_pool`` patches large
-    (a side that does not divide the tile's is taken as 1), and a key scores by the sub-block that needs it
-    most (``reduction="max"``) or by all of them together (``"sum"``).
+    No weights: the model's own queries and keys are used. A tile's queries fall into as many groups as it has
+    sub-blocks of ``query_pool`` patches (a side that does not divide the tile's is taken as 1); groups start as
+    the sub-blocks and gather like queries in ``query_refine`` Lloyd steps, because the queries of a sub-block
+    that straddles an edge of the image average to one that nobody asks. A key scores by the group that needs it
+    most (``reduction="max"``) or by all of them together (``"sum"``). With a tail, its attention counts times the
+    distance of its value from the pooled value that would stand in for it: a key like its neighbours costs
+    nothing to drop.
     """
 
     def tile_scores(
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
-        prefix, first = tiling.num_prefix_tokens, self.first_candidate(tiling)
-        block = _divisor(tiling.tile[0], self.config.query_pool[0]), _divisor(tiling.tile[1], self.config.query_pool[1])
-        blocks = Tiling(tiling.grid, block)
-        per_tile = (tiling.tile[0] // block[0], tiling.tile[1] // block[1])
-        members = Tiling(blocks.shape, per_tile).tokens(q.device).long()  # [T, blocks per tile]
-        pooled = blocks.mean_patches(q[:, :, prefix:]) * scale
+        first = self.first_candidate(tiling)
+        groups = self.groups(q, tiling)  # [B, H, T, G, S]
+        tokens = _tile_tokens(tiling, q.device)
+        pooled = groups @ _tile_queries(q, tokens) * scale  # [B, H, T, G, D]
         candidates = k[:, :, first:].transpose(-1, -2)
-        bias = None
-        if attn_bias is not None:
-            bias = blocks.mean_patches(attn_bias[:, :, prefix:, first:])
+        stakes = self.stakes(v, tiling)
 
         def scores(start: int, stop: int) -> Tensor:
-            member = members[start:stop]
-            # A border tile has fewer sub-blocks; its first one is repeated, which changes no maximum.
-            member = torch.where(member >= 0, member, member[:, :1])
-            logits = pooled[:, :, member.flatten()] @ candidates
-            if bias is not None:
-                logits = logits + bias[:, :, member.flatten()]
-            weights = logits.softmax(-1).unflatten(2, member.shape)
-            return weights.amax(3) if self.config.reduction == "max" else weights.sum(3)
+            part = pooled[:, :, start:stop]
+            logits = part.flatten(2, 3) @ candidates
+            if attn_bias is not None:
+                rows = attn_bias[:, :, tokens[start:stop].flatten(), first:].unflatten(2, (stop - start, -1))
+                logits = logits + (groups[:, :, start:stop] @ rows).flatten(2, 3)
+            weights = logits.softmax(-1).unflatten(2, part.shape[2:4])
+            needed = weights.amax(3) if self.config.reduction == "max" else weights.sum(3)
+            return needed if stakes is None else needed * stakes
 
         batch, heads, num_tokens, _ = q.shape
-        return scores, 2 * batch * heads * num_tokens * members.shape[1] * q.element_size()
+        return scores, 2 * batch * heads * num_tokens * groups.shape[3] * q.element_size()
+
+    def groups(self, q: Tensor, tiling: Tiling) -> Tensor:
+        """Groups of each tile's queries as averaging weights, rows that sum to 1, ``[B, H, T, G, S]``."""
+        (height, width), pool = tiling.tile, self.config.query_pool
+        block = _divisor(height, pool[0]), _divisor(width, pool[1])
+        member = Tiling(tiling.tile, block).tile_of_patch(q.device)  # [S]
+        tokens = _tile_tokens(tiling, q.device)
+        queries = _tile_queries(q, tokens)
+        num_groups = (height // block[0]) * (width // block[1])
+        weights = _averaging(F.one_hot(member, num_groups).mT.to(q.dtype)).expand(*queries.shape[:3], -1, -1)
+        if num_groups == queries.shape[3]:
+            return weights
+        for _ in range(self.config.query_refine):
+            centres = weights @ queries
+            # The nearest centre: |q - c|^2 without the part that is the same for all centres.
+            nearness = centres @ queries.mT - centres.square().sum(-1, keepdim=True) / 2
+            nearest = nearness.argmax(3, keepdim=True)
+            assigned = torch.zeros_like(nearness).scatter_(3, nearest, 1.0)
+            # A group that lost all its queries keeps its old mean.
+            weights = torch.where(assigned.sum(-1, keepdim=True) > 0, _averaging(assigned), weights)
+        return weights
+
+    def stakes(self, v: Tensor, tiling: Tiling) -> Tensor | None:
+        """Distance of each candidate's value from its tail block's mean, ``[B, H, 1, candidates]``."""
+        if self.config.tail is None:
+            return None
+        prefix = tiling.num_prefix_tokens
+        blocks = Tiling(tiling.grid, self.config.tail)
+        patches = v[:, :, prefix:]
+        stand_in = blocks.mean_patches(patches)[:, :, blocks.tile_of_patch(v.device)]
+        competing = v[:, :, self.first_candidate(tiling) : prefix]  # prefix tokens have no stand-in
+        return torch.cat([competing, patches - stand_in], dim=2).norm(dim=-1)[:, :, None]
+
+
+def _tile_tokens(tiling: Tiling, device: torch.device) -> Tensor:
+    """Tokens of each tile ``[T, S]``; where a border tile sticks out, its first token again."""
+    tokens = tiling.tokens(device).long()
+    return torch.where(tokens >= 0, tokens, tokens[:, :1])
+
+
+def _tile_queries(q: Tensor, tokens: Tensor) -> Tensor:
+    """Queries of each tile, ``[B, H, T, S, D]``."""
+    return q[:, :, tokens.flatten()].unflatten(2, tokens.shape)
+
+
+def _averaging(assigned: Tensor) -> Tensor:
+    """0/1 memberships ``[..., G, S]`` to averaging weights; an empty group gives zeros."""
+    return assigned / assigned.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _divisor(side: int, wanted: int) -> int:
