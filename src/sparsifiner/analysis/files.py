@@ -1,0 +1,46 @@
+"""Output folders that are checked before long work, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Make ``folder`` if needed and prove that files can be made in it.
+
+    Raises:
+        ValueError: if that fails; one line says why and what to do.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".sparsifiner-")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise ValueError(
+            f"the output folder {folder} cannot be written ({error.strerror or error}); name another with --output"
+        ) from error
+    return folder
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file beside its place and move it there, so that no reader ever sees half of it."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
