@@ -71,6 +71,7 @@ class Fidelity:
         return {
             "mean": {term: self.mean(term) for term in terms},
             "worst": {term: self.worst(term) for term in terms},
+            "worst_image": {term: self.worst_image(term) for term in terms},
             "density_per_layer": self.density,
             "images": [asdict(image) for image in self.images],
         }
@@ -111,9 +112,10 @@ def final_features(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Final patch features ``[B, patches, C]`` and class feature ``[B, C]`` (None without class token), float32."""
     if not hasattr(model, "forward_features"):
         raise ValueError(f"{type(model).__name__} has no forward_features; fidelity needs a timm Vision Transformer")
+    forward: Any = model.forward_features
     with torch.no_grad():
-        tokens = model.forward_features(x)
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+        tokens: Tensor = forward(x)
+    prefix: int = getattr(model, "num_prefix_tokens", 0)
     has_class = prefix > 0 and getattr(model, "cls_token", None) is not None
     return tokens[:, prefix:].float(), tokens[:, 0].float() if has_class else None
 

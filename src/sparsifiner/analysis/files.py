@@ -8,17 +8,20 @@ from pathlib import Path
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Make ``folder`` if needed and prove that files can be made in it.
+    """Prove that files can be made in ``folder``, which need not exist yet; nothing is left behind.
 
     Raises:
         ValueError: if that fails; one line says why and what to do.
     """
     folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix=".sparsifiner-")
         os.close(handle)
         os.unlink(name)
+        for path in made:  # what fails later shall leave no empty folders behind
+            path.rmdir()
     except OSError as error:
         raise ValueError(
             f"the output folder {folder} cannot be written ({error.strerror or error}); name another with --output"

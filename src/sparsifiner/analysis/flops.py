@@ -1,9 +1,9 @@
-"""Multiply-adds of a dense or sparse Vision Transformer, per layer and per term, in the paper's accounting and in full."""
+"""Multiply-adds of a dense or sparse Vision Transformer, per layer and term, as the paper counts and in full."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -173,7 +173,8 @@ def count_flops(model: nn.Module, x: Tensor) -> FlopReport:
     is_sparse = any(isinstance(model.get_submodule(name), SparseAttention) for name in names)
     tokens: dict[str, tuple[int, int]] = {}
     with _evaluating(model), torch.no_grad(), _watch_tokens(model, names, tokens):
-        with record(model) if is_sparse else nullcontext({}) as seen, FlopCounterMode(display=False) as counter:
+        watch: AbstractContextManager[dict[str, LayerRecord]] = record(model) if is_sparse else nullcontext({})
+        with watch as seen, FlopCounterMode(display=False) as counter:
             model(x)
     counts = _Counts(counter, model, batch=x.shape[0])
     blocks = {name: name.rpartition(".")[0] for name in names}

@@ -23,7 +23,12 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
         ValueError: if the folder cannot be written.
     """
     folder = check_writable(folder)
-    files = {**report.pictures, "report.html": render_html(report), "report.json": report.to_json()}
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes | str] = {
+        **report.pictures,
+        "report.html": render_html(report),
+        "report.json": report.to_json(),
+    }
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
@@ -34,7 +39,9 @@ def render_html(report: Report) -> str:
     import jinja2
 
     source = (resources.files("sparsifiner.analysis") / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     return environment.from_string(source).render(
         report=report,
         table_rows=table_rows,

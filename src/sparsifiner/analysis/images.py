@@ -54,9 +54,7 @@ def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
     """
     folder = Path(folder)
     if not folder.exists():
-        raise ValueError(
-            f"the image folder {folder} does not exist; give a folder that holds jpg, png, webp, bmp or tif"
-        )
+        raise ValueError(f"the image folder {folder} does not exist; give one that holds jpg, png, webp, bmp or tif")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the folder that holds the images")
     try:
@@ -75,9 +73,8 @@ def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
         except Exception as error:  # PIL's decoders raise what they like on a broken file
             skipped[file.name] = _reason(error)
     if not photos:
-        raise ValueError(
-            f"none of the {len(files)} images in {folder} can be read; the first: {next(iter(skipped.items()))}"
-        )
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(f"none of the {len(files)} images in {folder} can be read; the first is {name}: {reason}")
     return Photos(photos, skipped, str(folder))
 
 

@@ -249,7 +249,7 @@ def _first_win(points: Mapping[int, BreakEvenPoint]) -> int | None:
 def _measure_layer(layer: SparseAttention, side: int, repeats: int) -> BreakEvenPoint:
     num_tokens = layer.grid.num_prefix_tokens + side**2
     heads, width = layer.num_heads, layer.head_width()
-    weight = next(layer.proj.parameters())
+    weight = next(layer.parameters())
     generator = torch.Generator(device=weight.device).manual_seed(0)
     packed = torch.randn(1, num_tokens, 3, heads, width, generator=generator, device=weight.device, dtype=weight.dtype)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)

@@ -95,7 +95,7 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
 
 
 def _caption(layer: LayerMap, row: int) -> str:
-    return f"{layer.kept[row].mean().item():.0%} of keys hold {layer.mass[row].item():.0%} of attention"
+    return f"{layer.kept[row].mean().item():.0%} of keys, {layer.mass[row].item():.0%} of attention"
 
 
 def _to_tensor(image: Image) -> Tensor:
@@ -119,7 +119,7 @@ def _heat(pixels: Tensor, attention: Tensor) -> Tensor:
 def _kept(pixels: Tensor, kept: Tensor) -> Tensor:
     """The image with every patch as bright as the share of heads that keep it."""
     share = _resize(kept, pixels, "nearest")[..., None]
-    shown = (0.35 + 0.65 * share) * (share > 0)
+    shown = (0.5 + 0.5 * share) * (share > 0)
     return pixels * shown + (1 - shown) * torch.tensor([0.06, 0.07, 0.09])
 
 

@@ -110,7 +110,8 @@ class Case:
                 f" One attention layer alone is faster sparse from {found.num_tokens} tokens "
                 f"({found.image_size} px) on; the whole model at this size does not show it."
             )
-        return f" It would pay from about {found.image_size} px ({found.num_tokens} tokens), measured on one attention layer."
+        where = f"{found.image_size} px ({found.num_tokens} tokens)"
+        return f" It would pay from about {where}, measured on one attention layer."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -130,13 +132,7 @@ def _measure_size(
         stage = f"{label}, keep {rate:g}" if isinstance(rate, float) else label
         names = [photo.name for photo in photos.photos]
 
-        def images(stage: str = stage, names: list[str] = names):  # type: ignore[no-untyped-def]
-            for number in range(len(names)):
-                tell(f"{stage}: fidelity", number, len(names))
-                yield image(number)
-            tell(f"{stage}: fidelity", len(names), len(names))
-
-        fidelity = measure_fidelity(dense, sparse, images(), names)
+        fidelity = measure_fidelity(dense, sparse, _told(image, len(names), partial(tell, f"{stage}: fidelity")), names)
         flops_sparse: FlopReport = count_flops(sparse, x)
         latency = None
         if settings.repeats:
@@ -147,7 +143,7 @@ def _measure_size(
                 x,
                 repeats=settings.repeats,
                 max_seconds=settings.max_seconds,
-                progress=lambda done, total, stage=stage: tell(f"{stage}: latency", done, total),
+                progress=partial(tell, f"{stage}: latency"),
             )
             tell(f"{stage}: latency", settings.repeats, settings.repeats)
             if rate not in found.break_even:
@@ -155,7 +151,7 @@ def _measure_size(
                     sparse,
                     max_tokens=settings.max_tokens,
                     max_seconds=settings.max_seconds,
-                    progress=lambda done, total, stage=stage: tell(f"{stage}: break-even", done, total),
+                    progress=partial(tell, f"{stage}: break-even"),
                 )
                 tell(f"{stage}: break-even", settings.max_tokens, settings.max_tokens)
         memory_sparse = _memory(settings, sparse, x, "sparse", found, tell, stage)
@@ -178,6 +174,14 @@ def _measure_size(
                 pictures=pictures,
             )
         )
+
+
+def _told(image: Callable[[int], Tensor], count: int, tell: Callable[[int, int], None]) -> Iterator[Tensor]:
+    """The images one by one, telling how many are done."""
+    for number in range(count):
+        tell(number, count)
+        yield image(number)
+    tell(count, count)
 
 
 def _memory(
@@ -262,6 +266,12 @@ def _notes(settings: Settings, photos: Photos, sparse: nn.Module) -> list[str]:
         for layer in sparse_layers(sparse).values()
     ):
         notes.append("The pictures show attention without the model's relative position bias.")
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if settings.repeats and load > 1.5 * cores:
+        notes.append(
+            f"This machine was busy while the report was made (load {load:.1f} on {cores} cores): latencies are too "
+            f"long and uncertain. Run it again on an idle machine before you rely on them."
+        )
     if photos.skipped:
         listed = ", ".join(f"{name} ({reason})" for name, reason in photos.skipped.items())
         notes.append(f"{len(photos.skipped)} unreadable picture(s) skipped: {listed}.")

@@ -18,12 +18,18 @@ def print_report(report: Report, console: Console) -> None:
     """Print one table per image size (more where there are many keep rates), the verdicts and the notes."""
     from rich.text import Text
 
-    console.print(Text.assemble(("Sparsifiner report: ", "bold"), f"{report.model}, {report.architecture}, {report.dtype}"))
+    console.print(
+        Text.assemble(("Sparsifiner report: ", "bold"), f"{report.model}, {report.architecture}, {report.dtype}")
+    )
     machine = report.machine
-    console.print(Text(f"{machine.processor}, {machine.threads} threads, device {machine.device}, torch {machine.torch}"))
+    console.print(
+        Text(f"{machine.processor}, {machine.threads} threads, device {machine.device}, torch {machine.torch}")
+    )
     count = len(report.images)
     skipped = f", {len(report.skipped)} skipped" if report.skipped else ""
-    console.print(Text(f"{count} image{'s' if count != 1 else ''} from {report.source}{skipped}; {report.converted[0]}"))
+    console.print(
+        Text(f"{count} image{'s' if count != 1 else ''} from {report.source}{skipped}; {report.converted[0]}")
+    )
     for cases in report.by_size():
         for start in range(0, len(cases), CASES_PER_TABLE):
             console.print()

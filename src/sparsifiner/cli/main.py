@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: those of the command line; ``sys.argv`` if None.
     """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would break the one line per error
     app = build_app()
+    code: Any
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -24,18 +27,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         except KeyboardInterrupt:
             _say("interrupted; nothing was written")
             code = 130
-        except (ValueError, OSError, RuntimeError) as error:
-            _say(f"error: {_one_line(error)}")
-            code = USER_ERROR
         except Exception as error:
-            if not hasattr(error, "format_message"):  # not a usage error of the command line parser
-                if type(error).__name__ == "Abort":
-                    _say("interrupted; nothing was written")
-                    sys.exit(130)
+            code = _explain(error)
+            if code is None:
                 raise
-            _say(f"error: {_one_line(error)}; see sparsifiner --help")
-            code = USER_ERROR
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> int | None:
+    """Say what a user has to know about ``error``; the exit code, or None where it is a defect of ours."""
+    name = type(error).__name__
+    if name == "Abort":
+        _say("interrupted; nothing was written")
+        return 130
+    if name == "NoArgsIsHelpError":  # the help has been printed
+        return USER_ERROR
+    if hasattr(error, "format_message"):  # a usage error of the command line parser
+        _say(f"error: {_one_line(error)}; see sparsifiner --help")
+        return USER_ERROR
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        _say("error: out of memory; use a smaller --img-size, a smaller model, or --dtype bfloat16")
+        return USER_ERROR
+    if isinstance(error, (ValueError, OSError)):
+        _say(f"error: {_one_line(error)}")
+        return USER_ERROR
+    return None
 
 
 def build_app() -> Any:

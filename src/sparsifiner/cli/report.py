@@ -18,9 +18,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def report(
     model: Annotated[
-        str, typer.Option(help="builtin, a timm model name, or a folder written by save_pretrained.", metavar="NAME|FOLDER")
+        str, typer.Option(help="builtin, a timm model name, or a folder of save_pretrained.", metavar="NAME|FOLDER")
     ] = "builtin",
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures; four bundled photographs by default.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures; four bundled photographs by default.")
+    ] = None,
     img_size: Annotated[
         str | None, typer.Option(help="Pixels, such as 518,1036 or 480x640; the model's own size by default.")
     ] = None,
@@ -41,7 +43,9 @@ def report(
     ] = 60.0,
     max_tokens: Annotated[int, typer.Option(help="Bound of the search for the size that pays.", min=256)] = 16384,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each model in a process of its own.")] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print the JSON report on stdout and nothing else there.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON report on stdout and nothing else there.")
+    ] = False,
 ) -> None:
     """Convert a model and print dense beside sparse: fidelity, FLOPs, latency, memory, density and pictures."""
     from ..analysis.files import check_writable
@@ -87,7 +91,9 @@ def report(
     if not stdout.is_terminal:
         stdout = Console(width=100)
     print_report(result, stdout)
-    stdout.print(f"\nwritten: {page}, {data} and {len(result.pictures)} pictures", markup=False, highlight=False, soft_wrap=True)
+    stdout.print(
+        f"\nwritten: {page}, {data} and {len(result.pictures)} pictures", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def parse_keep_rates(text: str | None) -> tuple[float, ...]:
@@ -113,7 +119,7 @@ def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     for part in _parts(text, "--img-size", "518,1036"):
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", part)
         if match is None or not all(int(side) for side in match.groups(default="1")):
-            raise ValueError(f"image size {part!r} must be a whole number of pixels such as 518, or rows x columns: 480x640")
+            raise ValueError(f"image size {part!r} must be pixels such as 518, or rows x columns: 480x640")
         sizes.append((int(match[1]), int(match[2] or match[1])))
     return tuple(dict.fromkeys(sizes))
 

@@ -7,6 +7,7 @@ selection count nothing, as in the formulas PyTorch ships.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def gather_attention_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """FLOPs of ``sparsifiner::gather_attention`` from the shapes of its arguments: ``q k^T`` and weights times ``v``."""
+    """FLOPs of ``sparsifiner::gather_attention`` from the shapes of its arguments."""
     batch, heads, num_tokens, width = q
     num_pooled = 0 if tail_k is None else tail_k[2]
     pairs = attention_pairs(num_tokens, num_prefix_tokens, indices[3], num_pooled)
@@ -63,7 +64,7 @@ def cpu_flash_attention_backward_flops(grad: _Shape, q: _Shape, k: _Shape, v: _S
 
 def register() -> None:
     """Enter the formulas where PyTorch has none yet. Safe to call again."""
-    formulas = {
+    formulas: dict[Any, Callable[..., int]] = {
         torch.ops.sparsifiner.gather_attention: gather_attention_flops,
         torch.ops.sparsifiner.gather_attention_backward: gather_attention_backward_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_flash_attention_flops,
