@@ -175,7 +175,7 @@ def count_flops(model: nn.Module, x: Tensor) -> FlopReport:
     with _evaluating(model), torch.no_grad(), _watch_tokens(model, names, tokens):
         watch: AbstractContextManager[dict[str, LayerRecord]] = record(model) if is_sparse else nullcontext({})
         with watch as seen, FlopCounterMode(display=False) as counter:
-            model(x)
+            model(x.detach())
     counts = _Counts(counter, model, batch=x.shape[0])
     blocks = {name: name.rpartition(".")[0] for name in names}
     layers = [
@@ -265,10 +265,10 @@ def _predictor_terms(
         return terms, projections + down
     if not total:
         return {}, 0
-    pooling = heads * width * tiling.num_patches
-    terms = {"scores": total}
-    if predictor.config.predictor == "pooled":
-        terms["query pooling"] = pooling
+    terms = {"products": total}
+    if predictor.config.predictor == "pooled" and predictor.config.tail is not None:
+        # Block means of the values, and the norms of what they get wrong: one MAC per entry each.
+        terms["values"] = 2 * heads * width * tiling.num_patches
     return terms, sum(terms.values())
 
 
@@ -303,11 +303,20 @@ def _watch_tokens(model: nn.Module, names: list[str], tokens: dict[str, tuple[in
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
+    """Evaluation mode and no gradients for a while; modules and parameters get their own settings back.
+
+    PyTorch's module tracker trips over a parameter that is a module's input (attention pooling) unless it needs
+    no gradient.
+    """
     modes = {module: module.training for module in model.modules()}
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.eval()
+        for parameter in learned:
+            parameter.requires_grad_(False)
         yield
     finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training

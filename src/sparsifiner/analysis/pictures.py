@@ -51,13 +51,13 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
     def text(x: float, y: float, words: str, size: float, colour: str = _INK, **settings: Any) -> None:
         figure.text(x / width, 1 - y / height, words, fontsize=size, color=colour, **settings)
 
-    text(left, 0.3, title, 13, weight="bold", va="center")
+    text(left, 0.3, title, 14, weight="bold", va="center")
     for row in range(queries):
         axes, x = panel(row, 0)
         axes.imshow(pixels.numpy())
         _outline(axes, maps.layers[0].tiles[row], maps, pixels, query=maps.queries[row])
         if row == 0:
-            text(x + side / 2, 0.84, "query patch and its tile", 9.5, _FAINT, ha="center", va="center")
+            text(x + side / 2, 0.84, "query patch and its tile", 11, _FAINT, ha="center", va="center")
         for number, layer in enumerate(maps.layers):
             axes, x = panel(row, 1 + 2 * number)
             axes.imshow(_heat(pixels, layer.attention[row]).numpy())
@@ -73,19 +73,19 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
                     ha="center",
                     va="center",
                 )
-                text(x + side / 2, 0.84, "dense model attends to", 9.5, _FAINT, ha="center", va="center")
-                text(x + side * 1.5 + gap, 0.84, "sparse model keeps", 9.5, _FAINT, ha="center", va="center")
+                text(x + side / 2, 0.84, "dense model attends to", 11, _FAINT, ha="center", va="center")
+                text(x + side * 1.5 + gap, 0.84, "sparse model keeps", 11, _FAINT, ha="center", va="center")
             axes, x = panel(row, 2 + 2 * number)
             axes.imshow(_kept(pixels, layer.kept[row]).numpy())
             _outline(axes, layer.tiles[row], maps, pixels)
             y = top + (row + 1) * side * aspect + row * caption + 0.12
-            text(x + side / 2, y, _caption(layer, row), 9, ha="center", va="center")
+            text(x + side / 2, y, _caption(layer, row), 11, ha="center", va="center")
     text(
         left,
         height - 0.2,
-        "Heat: attention of the query patch, mean over heads (bright is more). "
-        "Kept: brightness is the share of heads that keep the patch for the outlined tile; black is kept by none.",
-        9,
+        "Heat: attention of the query patch, mean over heads. Kept: the brighter a patch, the more heads keep it for "
+        "the outlined tile. Below: share of the keys kept, and of the dense attention they hold.",
+        11,
         _FAINT,
         va="center",
     )
@@ -95,7 +95,7 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
 
 
 def _caption(layer: LayerMap, row: int) -> str:
-    return f"{layer.kept[row].mean().item():.0%} of keys, {layer.mass[row].item():.0%} of attention"
+    return f"keys {layer.kept[row].mean().item():.0%}, attention {layer.mass[row].item():.0%}"
 
 
 def _to_tensor(image: Image) -> Tensor:

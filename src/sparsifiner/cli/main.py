@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -25,12 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         try:
             code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         except KeyboardInterrupt:
-            _say("interrupted; nothing was written")
-            code = 130
+            code = INTERRUPTED
         except Exception as error:
             code = _explain(error)
             if code is None:
                 raise
+    if code == INTERRUPTED:  # the parser turns the exception into the code
+        _say("interrupted; nothing was written")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -38,8 +39,7 @@ def _explain(error: Exception) -> int | None:
     """Say what a user has to know about ``error``; the exit code, or None where it is a defect of ours."""
     name = type(error).__name__
     if name == "Abort":
-        _say("interrupted; nothing was written")
-        return 130
+        return INTERRUPTED
     if name == "NoArgsIsHelpError":  # the help has been printed
         return USER_ERROR
     if hasattr(error, "format_message"):  # a usage error of the command line parser
