@@ -46,5 +46,5 @@ def test_instance_dependence_beats_a_fixed_window_and_the_tail_matters() -> None
     cosine, _ = fidelity(SparsifinerConfig(keep_rate=0.1))
     local, _ = fidelity(SparsifinerConfig(keep_rate=0.1, predictor="local"))
     truncated, _ = fidelity(SparsifinerConfig(keep_rate=0.1, tail=None))
-    assert cosine > local + 0.005
-    assert cosine > truncated + 0.05
+    assert cosine > local + 0.03
+    assert cosine > truncated + 0.1

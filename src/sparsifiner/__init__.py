@@ -1,6 +1,7 @@
 """Sparse, instance-dependent attention for Vision Transformers (Wei et al., CVPR 2023)."""
 
 from . import models
+from .analysis.flops import count_flops
 from .config import SparsifinerConfig
 from .connectivity import Connectivity, Tail
 from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
@@ -17,6 +18,7 @@ __all__ = [
     "Tail",
     "Tiling",
     "conversion",
+    "count_flops",
     "densify",
     "from_pretrained",
     "models",
