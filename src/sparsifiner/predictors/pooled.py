@@ -43,7 +43,8 @@ class PooledPredictor(Predictor):
             return needed if stakes is None else needed * stakes
 
         batch, heads, num_tokens, _ = q.shape
-        return scores, 2 * batch * heads * num_tokens * groups.shape[3] * q.element_size()
+        rows_per_tile = 2 * groups.shape[3] + (0 if attn_bias is None else tiling.tile_size)
+        return scores, batch * heads * num_tokens * rows_per_tile * q.element_size()
 
     def groups(self, q: Tensor, tiling: Tiling) -> Tensor:
         """Groups of each tile's queries as averaging weights, rows that sum to 1, ``[B, H, T, G, S]``."""
