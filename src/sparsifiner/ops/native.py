@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import cpu
 from ..connectivity import Connectivity, Tail
@@ -92,15 +89,3 @@ def _native_attention(
 @_native_attention.register_fake
 def _(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, num_prefix_tokens, scale):  # type: ignore[no-untyped-def]
     return _empty_output(q)
-
-
-@register_flop_formula(torch.ops.sparsifiner.native_attention)
-def _attention_flops(
-    q: Any, k: Any, v: Any, tile_tokens: Any, indices: Any, bias: Any, tail_k: Any, tail_v: Any, tail_bias: Any,
-    num_prefix_tokens: int, scale: float, **kwargs: Any,
-) -> int:
-    """Products of QK^T and AV over the kept keys and the tail; prefix rows are dense."""
-    batch, heads, num_tokens, width = q
-    per_query = indices[3] + (0 if tail_k is None else tail_k[2])
-    pairs = (num_tokens - num_prefix_tokens) * per_query + num_prefix_tokens * num_tokens
-    return 4 * batch * heads * pairs * width
