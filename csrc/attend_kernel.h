@@ -91,10 +91,10 @@ inline typename V::F multiply_add(typename V::F lanes, uint32_t word, typename V
     return V::fma(lanes, V::set(from_bits(word)), sum);
 }
 
-// logits[j][lanes] = scale * q . k[j] + bias[j] for V::keys keys, in base 2.
+// logits[j][lanes] = scale * q . k[j] + bias[j] for V::keys keys, rows `stride` apart.
 template <class V, Mode mode, int NV>
 inline void logits_of_keys(const uint32_t* q, int words, const uint32_t* const* k, float scale, const float* bias,
-                           float* logits) {
+                           float* logits, int64_t stride = NV * V::lanes) {
   using F = typename V::F;
   constexpr int NK = V::keys, L = V::lanes;
   F sum[NK][NV];
@@ -118,7 +118,7 @@ inline void logits_of_keys(const uint32_t* q, int words, const uint32_t* const* 
 #pragma GCC unroll 16
   for (int j = 0; j < NK; ++j)
 #pragma GCC unroll 4
-    for (int i = 0; i < NV; ++i) V::store(logits + (j * NV + i) * L, V::fma(sum[j][i], factor, V::set(bias[j])));
+    for (int i = 0; i < NV; ++i) V::store(logits + j * stride + i * L, V::fma(sum[j][i], factor, V::set(bias[j])));
 }
 
 // out[d][lanes] += weights[m][lanes] * v[m][d] for V::dims(NV) values of d from `first`.

@@ -22,6 +22,23 @@ struct TileTask {
   void* const* out;      // [queries]
 };
 
+// Some tiles of one head that score every candidate key by their pooled queries.
+struct ScoreTask {
+  DType dtype;
+  int width, tiles, members;  // pooled queries per tile
+  int64_t candidates;
+  float scale;
+  bool sum;                 // merge the pooled queries' probabilities by sum instead of max
+  const void* packed_keys;  // blocks of `key_block` keys from pack_keys
+  const void* const* q;     // [tiles * members], at most kMaxScoreQueries
+  int64_t count;            // keys to select
+  int32_t offset;           // added to the selected candidates' numbers
+  int32_t* indices;         // [tiles][out_stride]
+  int64_t out_stride;
+};
+
+constexpr int kMaxScoreQueries = 256;
+
 struct Kernels {
   std::size_t (*attend_scratch)(const TileTask& task);
   void (*attend)(const TileTask& task, void* scratch);
@@ -30,6 +47,11 @@ struct Kernels {
   // sum[0:width] += row[0:width] for `rows` rows `stride` elements apart, then out = sum * factor.
   void (*add_rows)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, float* sum);
   void (*store_row)(const float* sum, float factor, int64_t width, DType dtype, void* out);
+  int key_block;
+  int (*key_words)(DType dtype, int width);  // 32-bit words of a packed key
+  void (*pack_keys)(const void* const* rows, DType dtype, int count, int width, void* packed);
+  std::size_t (*score_scratch)(const ScoreTask& task);
+  bool (*score)(const ScoreTask& task, void* scratch);  // false if a score is NaN
 };
 
 inline std::size_t topk_scratch(int64_t columns) { return static_cast<std::size_t>(columns + 64) * 8; }

@@ -7,6 +7,7 @@ namespace sparsifiner {
 namespace {
 #include "attend_kernel.h"
 #include "topk_kernel.h"
+#include "score_kernel.h"
 
 struct Avx2 {
   using F = __m256;
@@ -45,9 +46,25 @@ void attend(const TileTask& task, void* memory) {
   else
     attend_tile<Avx2, Mode::convert>(task, memory);
 }
+
+int key_words(DType, int width) { return width; }
+
+void pack_keys(const void* const* rows, DType dtype, int count, int width, void* packed) {
+  if (dtype == DType::float32)
+    pack_keys_as<Avx2, Mode::plain>(rows, count, width, packed);
+  else
+    pack_keys_as<Avx2, Mode::convert>(rows, count, width, packed);
+}
+
+bool score(const ScoreTask& task, void* memory) {
+  if (task.dtype == DType::float32) return score_tiles<Avx2, Mode::plain, ScalarCompressor>(task, memory);
+  return score_tiles<Avx2, Mode::convert, ScalarCompressor>(task, memory);
+}
 }  // namespace
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = {attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row};
+const Kernels avx2_kernels = {
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, key_words, pack_keys, score_scratch<Avx2>, score,
+};
 
 }  // namespace sparsifiner

@@ -5,6 +5,7 @@ namespace sparsifiner {
 namespace {
 #include "attend_kernel.h"
 #include "topk_kernel.h"
+#include "score_kernel.h"
 
 struct Portable {
   typedef float F __attribute__((vector_size(16)));
@@ -54,9 +55,25 @@ void attend(const TileTask& task, void* memory) {
   else
     attend_tile<Portable, Mode::convert>(task, memory);
 }
+
+int key_words(DType, int width) { return width; }
+
+void pack_keys(const void* const* rows, DType dtype, int count, int width, void* packed) {
+  if (dtype == DType::float32)
+    pack_keys_as<Portable, Mode::plain>(rows, count, width, packed);
+  else
+    pack_keys_as<Portable, Mode::convert>(rows, count, width, packed);
+}
+
+bool score(const ScoreTask& task, void* memory) {
+  if (task.dtype == DType::float32) return score_tiles<Portable, Mode::plain, ScalarCompressor>(task, memory);
+  return score_tiles<Portable, Mode::convert, ScalarCompressor>(task, memory);
+}
 }  // namespace
 
 extern const Kernels portable_kernels;
-const Kernels portable_kernels = {attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row};
+const Kernels portable_kernels = {
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, key_words, pack_keys, score_scratch<Portable>, score,
+};
 
 }  // namespace sparsifiner

@@ -77,6 +77,24 @@ NB_MODULE(_native, m) {
       },
       release());
   m.def(
+      "tile_keys",
+      [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16,
+         float scale, bool sum, const RowsTuple& q, int64_t pooled, const RowsTuple& k, uintptr_t member,
+         uintptr_t indices, int threads) {
+        sp::TileKeys p;
+        std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.members, p.first, p.count) = shape;
+        p.dtype = dtype(bfloat16);
+        p.scale = scale;
+        p.sum = sum;
+        p.q = rows(q);
+        p.pooled = pooled;
+        p.k = rows(k);
+        p.member = pointer<const int32_t>(member);
+        p.indices = pointer<int32_t>(indices);
+        sp::tile_keys(p, threads);
+      },
+      release());
+  m.def(
       "log_counts",
       [](uintptr_t indices, uintptr_t bias, int64_t count, int64_t kept, const Grid& grid, uintptr_t counts, int threads) {
         sp::log_counts(pointer<const int32_t>(indices), pointer<const float>(bias), count, kept, block_grid(grid),

@@ -52,6 +52,21 @@ void attend(const Attention& problem, int threads);
 void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t k,
           int32_t* indices, int64_t out_stride, int32_t offset, int threads);
 
+// The keys each tile needs most, by its pooled queries: softmax(scale * q k^T) over the candidates
+// [first, N), merged over the tile's pooled queries by max or sum, and the `count` best selected.
+struct TileKeys {
+  int64_t batch, heads, tokens, width, tiles, members, first, count;
+  DType dtype;
+  float scale;
+  bool sum;
+  Rows q;                  // pooled queries, `pooled` rows per batch and head
+  int64_t pooled;
+  Rows k;                  // N rows
+  const int32_t* member;   // [T, members]: which pooled queries are the tile's
+  int32_t* indices;        // [B, H, T, first + count]: tokens below `first`, then the selected ones, ascending
+};
+void tile_keys(const TileKeys& problem, int threads);
+
 // A grid of patches behind `prefix` tokens, cut into blocks of block_rows x block_columns.
 struct BlockGrid {
   int64_t prefix, rows, columns, block_rows, block_columns;

@@ -47,3 +47,61 @@ def native_topk(scores: Tensor, count: int) -> Tensor:
 @native_topk.register_fake
 def _(scores: Tensor, count: int) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], count), dtype=torch.int32)
+
+
+def why_not_pooled(q: Tensor, k: Tensor, members: int) -> str | None:
+    """Why :func:`native_tile_keys` cannot serve, in words, or None if it can."""
+    width = q.shape[-1]
+    if width % 16 or not 16 <= width <= 128:
+        return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
+    if members > 256:
+        return f"it takes at most 256 pooled queries per tile, not {members}"
+    return cpu.why_not(q)
+
+
+@torch.library.custom_op("sparsifiner::native_tile_keys", mutates_args=(), device_types="cpu")
+def native_tile_keys(
+    pooled: Tensor, k: Tensor, members: Tensor, first: int, count: int, scale: float, sum_probabilities: bool
+) -> Tensor:
+    """Score, merge and select in one pass, without ever holding all scores.
+
+    Args:
+        pooled: pooled queries ``[B, H, blocks, D]``.
+        k: keys ``[B, H, N, D]``; the candidates are those from ``first``.
+        members: which pooled queries belong to each tile, int32 ``[T, M]``.
+        first: number of leading tokens that every tile keeps.
+        count: candidates to select per tile.
+        scale: factor on the logits.
+        sum_probabilities: merge the pooled queries' probabilities by sum instead of max.
+
+    Returns:
+        Token numbers, int32 ``[B, H, T, first + count]``, rising.
+    """
+    batch, heads, num_tokens, width = k.shape
+    num_tiles, per_tile = members.shape
+    out = _empty_keys(k, members, first, count)
+    pooled, k, members = cpu.readable_rows(pooled), cpu.readable_rows(k), members.contiguous()
+    cpu._native.tile_keys(
+        (batch, heads, num_tokens, width, num_tiles, per_tile, first, count),
+        k.dtype == torch.bfloat16,
+        scale,
+        sum_probabilities,
+        cpu.rows(pooled),
+        pooled.shape[2],
+        cpu.rows(k),
+        members.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@native_tile_keys.register_fake
+def _(
+    pooled: Tensor, k: Tensor, members: Tensor, first: int, count: int, scale: float, sum_probabilities: bool
+) -> Tensor:
+    return _empty_keys(k, members, first, count)
+
+
+def _empty_keys(k: Tensor, members: Tensor, first: int, count: int) -> Tensor:
+    return k.new_empty((k.shape[0], k.shape[1], members.shape[0], first + count), dtype=torch.int32)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..connectivity import Connectivity
+from ..pooling import pool_blocks
+from ..selection import native_tile_keys, why_not_pooled
 from ..tiling import Tiling
 from .base import Predictor, TileScores
 
@@ -21,10 +26,8 @@ class PooledPredictor(Predictor):
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
         prefix, first = tiling.num_prefix_tokens, self.first_candidate(tiling)
-        block = _divisor(tiling.tile[0], self.config.query_pool[0]), _divisor(tiling.tile[1], self.config.query_pool[1])
-        blocks = Tiling(tiling.grid, block)
-        per_tile = (tiling.tile[0] // block[0], tiling.tile[1] // block[1])
-        members = Tiling(blocks.shape, per_tile).tokens(q.device).long()  # [T, blocks per tile]
+        blocks, members = self.sub_blocks(tiling, q.device)
+        members = members.long()
         pooled = blocks.mean_patches(q[:, :, prefix:]) * scale
         candidates = k[:, :, first:].transpose(-1, -2)
         bias = None
@@ -33,8 +36,6 @@ class PooledPredictor(Predictor):
 
         def scores(start: int, stop: int) -> Tensor:
             member = members[start:stop]
-            # A border tile has fewer sub-blocks; its first one is repeated, which changes no maximum.
-            member = torch.where(member >= 0, member, member[:, :1])
             logits = pooled[:, :, member.flatten()] @ candidates
             if bias is not None:
                 logits = logits + bias[:, :, member.flatten()]
@@ -43,6 +44,29 @@ class PooledPredictor(Predictor):
 
         batch, heads, num_tokens, _ = q.shape
         return scores, 2 * batch * heads * num_tokens * members.shape[1] * q.element_size()
+
+    @torch.no_grad()
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None
+    ) -> Connectivity:
+        blocks, members = self.sub_blocks(tiling, q.device)
+        if attn_bias is not None or why_not_pooled(q, k, members.shape[1]) is not None:
+            return super().forward(q, k, v, tiling, scale, attn_bias)
+        count = math.ceil(self.keep_rate * self.num_candidates(tiling))
+        pooled = pool_blocks(q, blocks)
+        merge_by_sum = self.config.reduction == "sum"
+        indices = native_tile_keys(pooled, k, members, self.first_candidate(tiling), count, scale, merge_by_sum)
+        return Connectivity(tiling, indices)
+
+    def sub_blocks(self, tiling: Tiling, device: torch.device) -> tuple[Tiling, Tensor]:
+        """The blocks whose queries are pooled, and which of them belong to each tile, int32 ``[T, M]``.
+
+        A border tile has fewer; its first one is repeated, which changes no maximum.
+        """
+        block = _divisor(tiling.tile[0], self.config.query_pool[0]), _divisor(tiling.tile[1], self.config.query_pool[1])
+        blocks = Tiling(tiling.grid, block, tiling.num_prefix_tokens)
+        members = Tiling(blocks.shape, (tiling.tile[0] // block[0], tiling.tile[1] // block[1])).tokens(device)
+        return blocks, torch.where(members >= 0, members, members[:, :1])
 
 
 def _divisor(side: int, wanted: int) -> int:
