@@ -201,12 +201,18 @@ template <class V, Mode mode, int NV>
 inline void transpose_queries(const TileTask& t, int first, int count, const Buffers& b) {
   constexpr int lanes = NV * V::lanes;
   const int words = mode == Mode::dot ? t.width / 2 : t.width;
-  for (int lane = 0; lane < lanes; ++lane) {
+  const uint32_t* const* rows = reinterpret_cast<const uint32_t* const*>(t.q + first);
+  int lane = 0;
+  if constexpr (V::lanes == 16 && mode != Mode::convert)
+    if (words % 16 == 0)
+      for (; lane + 16 <= count; lane += 16)
+        for (int w = 0; w < words; w += 16) V::transpose(rows + lane, w, b.q + w * lanes + lane, lanes);
+  for (; lane < lanes; ++lane) {
     if (lane >= count) {
       for (int w = 0; w < words; ++w) b.q[w * lanes + lane] = 0;
       continue;
     }
-    const uint32_t* row = static_cast<const uint32_t*>(t.q[first + lane]);
+    const uint32_t* row = rows[lane];
     if constexpr (mode == Mode::convert) {
       widen(static_cast<const uint16_t*>(t.q[first + lane]), reinterpret_cast<uint32_t*>(b.row), t.width);
       row = reinterpret_cast<const uint32_t*>(b.row);
@@ -219,14 +225,26 @@ template <class V, int NV>
 inline void store_result(const TileTask& t, int first, int count, const Buffers& b) {
   constexpr int lanes = NV * V::lanes;
   for (int lane = 0; lane < count; ++lane) {
+    const float* row = b.row;
+    if constexpr (V::lanes == 16) {
+      // The logits are no longer needed; their room takes the result, one row per query.
+      if (lane % 16 == 0)
+        for (int d = 0; d < t.width; d += 16) {
+          const uint32_t* rows[16];
+          for (int i = 0; i < 16; ++i) rows[i] = reinterpret_cast<const uint32_t*>(b.out + (d + i) * lanes + lane);
+          V::transpose(rows, 0, reinterpret_cast<uint32_t*>(b.logits) + d, t.width);
+        }
+      row = b.logits + lane % 16 * t.width;
+    } else {
+      for (int d = 0; d < t.width; ++d) b.row[d] = b.out[d * lanes + lane];
+    }
     // Nothing was summed where every key was masked.
     const float factor = b.sum[lane] == 0.0f ? 0.0f : 1.0f / b.sum[lane];
-    for (int d = 0; d < t.width; ++d) b.row[d] = b.out[d * lanes + lane];
     if (t.dtype == DType::float32) {
       float* to = static_cast<float*>(t.out[first + lane]);
-      for (int d = 0; d < t.width; ++d) to[d] = b.row[d] * factor;
+      for (int d = 0; d < t.width; ++d) to[d] = row[d] * factor;
     } else {
-      for (int d = 0; d < t.width; ++d) b.row[d] *= factor;
+      for (int d = 0; d < t.width; ++d) b.row[d] = row[d] * factor;
       narrow(b.row, static_cast<uint16_t*>(t.out[first + lane]), t.width);
     }
   }

@@ -14,6 +14,34 @@ struct Avx512 {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b if either is NaN
   static bool any_greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
+  // to[w][i] = rows[i][w] for 16 rows and 16 words; rows of the result lie `stride` words apart.
+  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t stride) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + first);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i even0 = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88), even1 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88);
+      const __m512i odd0 = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd), odd1 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
+      _mm512_storeu_si512(to + j * stride, _mm512_shuffle_i32x4(even0, even1, 0x88));
+      _mm512_storeu_si512(to + (j + 4) * stride, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+      _mm512_storeu_si512(to + (j + 8) * stride, _mm512_shuffle_i32x4(even0, even1, 0xdd));
+      _mm512_storeu_si512(to + (j + 12) * stride, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+    }
+  }
+
   // 2^x for x <= 0; 0 for -inf, NaN for NaN. Relative error 1e-7, or 1e-4 where `coarse`.
   template <bool coarse>
   static F exp2(F x) {

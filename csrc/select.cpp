@@ -76,21 +76,24 @@ void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64
   if (width < 1 || width > 128) throw std::invalid_argument("pooling needs a width from 1 to 128");
   const Kernels& kernel = kernels();
   const std::size_t element = size_of(dtype);
-  parallel_for(batch * heads * grid.vertical(), threads, [&](int64_t item) {
-    const int64_t by = item % grid.vertical(), head = item / grid.vertical() % heads, b = item / grid.vertical() / heads;
+  // Heads of a token are neighbours in memory, so they come last.
+  parallel_for(batch * grid.vertical(), threads, [&](int64_t item) {
+    const int64_t by = item % grid.vertical(), b = item / grid.vertical();
     const int64_t top = by * grid.block_rows, bottom = std::min(grid.rows, top + grid.block_rows);
     for (int64_t bx = 0; bx < grid.horizontal(); ++bx) {
       const int64_t left = bx * grid.block_columns, right = std::min(grid.columns, left + grid.block_columns);
-      float sum[128] = {};
-      for (int64_t y = top; y < bottom; ++y) {
-        const int64_t token = grid.prefix + y * grid.columns + left;
-        const int64_t offset = b * x.batch_stride + head * x.head_stride + token * x.token_stride;
-        kernel.add_rows(static_cast<const char*>(x.data) + static_cast<int64_t>(element) * offset, dtype, right - left,
-                        x.token_stride, width, sum);
-      }
       const float mean = factor / static_cast<float>((bottom - top) * (right - left));
-      const int64_t row = item * grid.horizontal() + bx;
-      kernel.store_row(sum, mean, width, dtype, static_cast<char*>(out) + element * static_cast<std::size_t>(row * width));
+      for (int64_t head = 0; head < heads; ++head) {
+        float sum[128] = {};
+        for (int64_t y = top; y < bottom; ++y) {
+          const int64_t token = grid.prefix + y * grid.columns + left;
+          const int64_t offset = b * x.batch_stride + head * x.head_stride + token * x.token_stride;
+          kernel.add_rows(static_cast<const char*>(x.data) + static_cast<int64_t>(element) * offset, dtype, right - left,
+                          x.token_stride, width, sum);
+        }
+        const int64_t row = (b * heads + head) * grid.blocks() + by * grid.horizontal() + bx;
+        kernel.store_row(sum, mean, width, dtype, static_cast<char*>(out) + element * static_cast<std::size_t>(row * width));
+      }
     }
   });
 }
