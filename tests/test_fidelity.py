@@ -13,7 +13,6 @@ from sparsifiner.analysis.fidelity import measure_fidelity
 from sparsifiner.analysis.images import bundled_photos, preprocess
 from sparsifiner.models import load_model
 
-
 PHOTOS = 3
 
 

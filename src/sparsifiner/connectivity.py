@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pooling import count_unkept, pool_blocks
 from .tiling import Tiling
 
 
@@ -60,8 +61,8 @@ class Tail:
     Args:
         k: mean key of each block, ``[B, H, P, D]``.
         v: mean value of each block, ``[B, H, P, D]``.
-        bias: ``log`` of how many keys of the block the tile did not keep, ``[B, H, T, P]``;
-            ``-inf`` where it kept all of them.
+        bias: ``log`` of how many keys of the block the tile did not keep, ``[B, H, T, P]``, at least
+            float32; ``-inf`` where it kept all of them.
     """
 
     k: Tensor
@@ -84,20 +85,12 @@ def pool_tail(k: Tensor, v: Tensor, connectivity: Connectivity, block: tuple[int
         ValueError: if the patch grid is smaller than a block.
     """
     tiling = connectivity.tiling
-    prefix = tiling.num_prefix_tokens
-    blocks = Tiling(tiling.grid, block)
-    bias = tail_log_counts(connectivity, blocks).to(k.dtype)
-    return Tail(blocks.mean_patches(k[:, :, prefix:]), blocks.mean_patches(v[:, :, prefix:]), bias)
+    blocks = Tiling(tiling.grid, block, tiling.num_prefix_tokens)
+    bias = tail_log_counts(connectivity, blocks).to(torch.promote_types(k.dtype, torch.float32))
+    return Tail(pool_blocks(k, blocks), pool_blocks(v, blocks), bias)
 
 
 def tail_log_counts(connectivity: Connectivity, blocks: Tiling) -> Tensor:
     """Log of the number of keys per block that each tile did not keep, float32 ``[B, H, T, P]``."""
-    indices, prefix = connectivity.indices, connectivity.tiling.num_prefix_tokens
-    # Prefix keys and padding are counted in an extra last column, which is cut off.
-    block_of_token = torch.nn.functional.pad(blocks.tile_of_patch(indices.device), (prefix, 0), value=blocks.num_tiles)
-    block = block_of_token[indices.long()]
-    if connectivity.bias is not None:
-        block = block.masked_fill(connectivity.bias == float("-inf"), blocks.num_tiles)
-    kept = torch.zeros(*indices.shape[:3], blocks.num_tiles + 1, device=indices.device)
-    kept.scatter_add_(-1, block, torch.ones_like(block, dtype=kept.dtype))
-    return (blocks.sizes(indices.device) - kept[..., :-1]).log()
+    blocks = Tiling(blocks.grid, blocks.tile, connectivity.tiling.num_prefix_tokens)
+    return count_unkept(connectivity.indices, connectivity.bias, blocks)

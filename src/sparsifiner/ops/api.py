@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from ..connectivity import Connectivity, Tail
+from . import native
 from .gather import gather_attention
 from .reference import reference_attention
 
 _Run = Callable[[Tensor, Tensor, Tensor, Connectivity, "Tail | None", "Tensor | None", float], Tensor]
-_RUN: dict[str, _Run] = {"reference": reference_attention, "gather": gather_attention}
+_RUN: dict[str, _Run] = {
+    "reference": reference_attention,
+    "gather": gather_attention,
+    "native": native.native_attention,
+}
 BACKENDS: tuple[str, ...] = tuple(_RUN)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +47,8 @@ def sparse_attention(
         attn_bias: added to the logits per query and key, ``[1 or B, 1 or H, N, N + P]``; the last ``P``
             columns belong to the tail.
         scale: factor on the logits; ``D ** -0.5`` if None.
-        backend: ``reference`` (masked dense, the test oracle), ``gather``, or ``auto``.
+        backend: ``reference`` (masked dense, the test oracle), ``gather`` (any device, differentiable),
+            ``native`` (CPU inference in C++), or ``auto``, which takes ``native`` where it can run.
 
     Returns:
         ``[B, H, N, D]`` in the dtype of ``q``.
@@ -53,23 +59,36 @@ def sparse_attention(
         IndexError: if an index is negative or not below ``N`` (checked where the tensors are on a CPU).
     """
     _check(q, k, v, connectivity, tail, attn_bias)
+    others = (k, v, connectivity.bias, *((tail.k, tail.v, tail.bias) if tail is not None else ()))
     if backend == "auto":
-        backend = choose_backend(q)[0]
-    elif (reason := why_not(backend, q)) is not None:
+        backend = choose_backend(q, *others, attn_bias=attn_bias)[0]
+    elif (reason := why_not(backend, q, *others, attn_bias=attn_bias)) is not None:
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return _RUN[backend](q, k, v, connectivity, tail, attn_bias, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def why_not(backend: str, q: Tensor) -> str | None:
-    """Why ``backend`` cannot run on tensors like ``q``, in words, or None if it can."""
+def why_not(backend: str, q: Tensor, *others: Tensor | None, attn_bias: Tensor | None = None) -> str | None:
+    """Why ``backend`` cannot run, in words, or None if it can.
+
+    Args:
+        backend: name of the backend.
+        q: queries ``[B, H, N, D]``, or any tensor like them.
+        others: further inputs of the call, of which only matters whether gradients are needed.
+        attn_bias: as in ``sparse_attention``.
+    """
     if backend not in _RUN:
         return f"there is no such backend; choose one of auto, {', '.join(_RUN)}"
+    if backend == "native":
+        return native.why_not(q, *others, attn_bias=attn_bias)
     return None
 
 
-def choose_backend(q: Tensor) -> tuple[str, str]:
-    """The backend ``auto`` takes for tensors like ``q``, and why."""
-    return "gather", f"runs on {q.device.type} in {str(q.dtype).removeprefix('torch.')} and is differentiable"
+def choose_backend(q: Tensor, *others: Tensor | None, attn_bias: Tensor | None = None) -> tuple[str, str]:
+    """The backend ``auto`` takes, and why; arguments as in ``why_not``."""
+    reason = native.why_not(q, *others, attn_bias=attn_bias)
+    if reason is None:
+        return "native", "the compiled CPU kernels serve this call"
+    return "gather", f"native cannot run here: {reason}"
 
 
 def _check(

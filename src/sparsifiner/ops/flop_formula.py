@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import gather as _gather  # noqa: F401  (its operators must exist before they get a formula)
+from . import native as _native  # noqa: F401
 
 _Shape = torch.Size
 
@@ -46,6 +47,11 @@ def gather_attention_flops(
     return 2 * 2 * batch * heads * width * pairs
 
 
+def native_attention_flops(*shapes: Any, **kwargs: Any) -> int:
+    """FLOPs of ``sparsifiner::native_attention``, which takes no ``attn_bias``."""
+    return gather_attention_flops(*shapes[:9], None, *shapes[9:], **kwargs)
+
+
 def gather_attention_backward_flops(grad: _Shape, *shapes: Any, **kwargs: Any) -> int:
     """FLOPs of the backward pass: five products of the forward's size (the weights are computed again)."""
     return gather_attention_flops(*shapes, **kwargs) * 5 // 2
@@ -67,6 +73,7 @@ def register() -> None:
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.sparsifiner.gather_attention: gather_attention_flops,
         torch.ops.sparsifiner.gather_attention_backward: gather_attention_backward_flops,
+        torch.ops.sparsifiner.native_attention: native_attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_flash_attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_flash_attention_backward_flops,
     }

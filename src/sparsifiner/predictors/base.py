@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
 from ..connectivity import Connectivity
+from ..selection import top_keys
 from ..tiling import Tiling
 
 # Scores held at once; 16,384 tokens in 4x4 tiles would otherwise need 1.6 GB per layer.
@@ -66,8 +67,8 @@ class Predictor(nn.Module):
     def select(self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling) -> Connectivity:
         """Keep the ``ceil(keep_rate * candidates)`` best keys of every tile."""
         num_keep = math.ceil(self.keep_rate * self.num_candidates(tiling))
-        chosen = [scores(start, stop).topk(num_keep, dim=-1, sorted=False).indices for start, stop in ranges]
-        indices = torch.cat(chosen, dim=2).to(torch.int32)
+        chosen = [top_keys(scores(start, stop), num_keep) for start, stop in ranges]
+        indices = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
         return Connectivity(tiling, self.with_prefix(indices, tiling))
 
     def first_candidate(self, tiling: Tiling) -> int:

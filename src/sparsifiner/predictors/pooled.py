@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..connectivity import Connectivity
+from ..selection import native_tile_keys, why_not_tile_keys
 from ..tiling import Tiling
 from .base import Predictor, TileScores
 
@@ -31,6 +35,7 @@ class PooledPredictor(Predictor):
         pooled = groups @ _tile_queries(q, tokens) * scale  # [B, H, T, G, D]
         candidates = k[:, :, first:].transpose(-1, -2)
         stakes = self.stakes(v, tiling)
+        weights_of_keys = None if stakes is None else stakes[:, :, None]
 
         def scores(start: int, stop: int) -> Tensor:
             part = pooled[:, :, start:stop]
@@ -40,20 +45,30 @@ class PooledPredictor(Predictor):
                 logits = logits + (groups[:, :, start:stop] @ rows).flatten(2, 3)
             weights = logits.softmax(-1).unflatten(2, part.shape[2:4])
             needed = weights.amax(3) if self.config.reduction == "max" else weights.sum(3)
-            return needed if stakes is None else needed * stakes
+            return needed if weights_of_keys is None else needed * weights_of_keys
 
         batch, heads, num_tokens, _ = q.shape
         rows_per_tile = 2 * groups.shape[3] + (0 if attn_bias is None else tiling.tile_size)
         return scores, batch * heads * num_tokens * rows_per_tile * q.element_size()
 
+    @torch.no_grad()
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None
+    ) -> Connectivity:
+        num_groups = Tiling(tiling.tile, self.group_block(tiling)).num_tiles
+        if attn_bias is not None or why_not_tile_keys(q, num_groups) is not None:
+            return super().forward(q, k, v, tiling, scale, attn_bias)
+        pooled = self.groups(q, tiling) @ _tile_queries(q, _tile_tokens(tiling, q.device))
+        first, count = self.first_candidate(tiling), math.ceil(self.keep_rate * self.num_candidates(tiling))
+        by_sum = self.config.reduction == "sum"
+        return Connectivity(tiling, native_tile_keys(pooled, k, self.stakes(v, tiling), first, count, scale, by_sum))
+
     def groups(self, q: Tensor, tiling: Tiling) -> Tensor:
         """Groups of each tile's queries as averaging weights, rows that sum to 1, ``[B, H, T, G, S]``."""
-        (height, width), pool = tiling.tile, self.config.query_pool
-        block = _divisor(height, pool[0]), _divisor(width, pool[1])
-        member = Tiling(tiling.tile, block).tile_of_patch(q.device)  # [S]
+        blocks = Tiling(tiling.tile, self.group_block(tiling))
+        member, num_groups = blocks.tile_of_patch(q.device), blocks.num_tiles  # [S]
         tokens = _tile_tokens(tiling, q.device)
         queries = _tile_queries(q, tokens)
-        num_groups = (height // block[0]) * (width // block[1])
         weights = _averaging(F.one_hot(member, num_groups).mT.to(q.dtype)).expand(*queries.shape[:3], -1, -1)
         if num_groups == queries.shape[3]:
             return weights
@@ -67,8 +82,13 @@ class PooledPredictor(Predictor):
             weights = torch.where(assigned.sum(-1, keepdim=True) > 0, _averaging(assigned), weights)
         return weights
 
+    def group_block(self, tiling: Tiling) -> tuple[int, int]:
+        """Rows and columns of the sub-blocks that a tile's groups start as."""
+        (height, width), (rows, columns) = tiling.tile, self.config.query_pool
+        return (rows if height % rows == 0 else 1, columns if width % columns == 0 else 1)
+
     def stakes(self, v: Tensor, tiling: Tiling) -> Tensor | None:
-        """Distance of each candidate's value from its tail block's mean, ``[B, H, 1, candidates]``."""
+        """Distance of each candidate's value from its tail block's mean, ``[B, H, candidates]``."""
         if self.config.tail is None:
             return None
         prefix = tiling.num_prefix_tokens
@@ -76,7 +96,7 @@ class PooledPredictor(Predictor):
         patches = v[:, :, prefix:]
         stand_in = blocks.mean_patches(patches)[:, :, blocks.tile_of_patch(v.device)]
         competing = v[:, :, self.first_candidate(tiling) : prefix]  # prefix tokens have no stand-in
-        return torch.cat([competing, patches - stand_in], dim=2).norm(dim=-1)[:, :, None]
+        return torch.cat([competing, patches - stand_in], dim=2).norm(dim=-1)
 
 
 def _tile_tokens(tiling: Tiling, device: torch.device) -> Tensor:
@@ -93,7 +113,3 @@ def _tile_queries(q: Tensor, tokens: Tensor) -> Tensor:
 def _averaging(assigned: Tensor) -> Tensor:
     """0/1 memberships ``[..., G, S]`` to averaging weights; an empty group gives zeros."""
     return assigned / assigned.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _divisor(side: int, wanted: int) -> int:
-    return wanted if side % wanted == 0 else 1

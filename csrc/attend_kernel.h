@@ -1,0 +1,336 @@
+// Attention of one tile, written once for every instruction set. Included by the level_*.cpp files inside
+// their anonymous namespace, after they have defined a vector type V (see level_portable.cpp).
+//
+// Queries lie in the lanes of the vectors: every product multiplies a vector of queries by one element
+// of a key (or a vector of softmax weights by one element of a value), broadcast straight from where the
+// model left it. So kept keys are not transposed, maxima and sums need no horizontal steps, and only the
+// queries and the result are transposed, once per tile.
+//
+// The kept keys pass in chunks that stay in the first-level cache, with an online softmax in base 2. Rows
+// that are read more than once per chunk are copied together first: rows of the packed projection lie a
+// multiple of 256 bytes apart and would evict each other (measured: 20 to 40 % of the float32 time).
+
+constexpr int kChunk = 64;
+
+enum class Mode {
+  plain,    // float32 throughout
+  convert,  // bfloat16 rows, widened to float32 chunk by chunk
+  dot,      // pairs of bfloat16 multiplied and added in float32 (V::dot)
+};
+
+// Scratch of one group of NV vectors of queries. A word is a float32 or a pair of bfloat16.
+struct Buffers {
+  uint32_t* q;        // [words of D][lanes]
+  float* logits;      // [kChunk + padding][lanes]
+  uint32_t* weights;  // [kChunk / 2][lanes], Mode::dot only
+  float* out;         // [D][lanes]
+  uint32_t* k;        // [kChunk][D], Mode::convert only
+  uint32_t* v;        // [kChunk][D], Mode::convert, or [kChunk / 2][D] pairs, Mode::dot
+  float* row;         // [D]
+  float* max;         // [lanes]
+  float* sum;         // [lanes]
+};
+
+constexpr int kMaxLanes = 64;
+constexpr int kPadding = 16;
+
+inline std::size_t layout(int width, char* base, Buffers* b) {
+  std::size_t used = 0;
+  auto take = [&](std::size_t words) {
+    char* start = base + used;
+    used += (words * 4 + 63) / 64 * 64;
+    return start;
+  };
+  const std::size_t lanes = kMaxLanes, w = static_cast<std::size_t>(width);
+  b->q = reinterpret_cast<uint32_t*>(take(w * lanes));
+  b->logits = reinterpret_cast<float*>(take((kChunk + kPadding) * lanes));
+  b->weights = reinterpret_cast<uint32_t*>(take(kChunk / 2 * lanes));
+  b->out = reinterpret_cast<float*>(take(w * lanes));
+  b->k = reinterpret_cast<uint32_t*>(take(kChunk * w));
+  b->v = reinterpret_cast<uint32_t*>(take(kChunk * w));
+  b->row = reinterpret_cast<float*>(take(w));
+  b->max = reinterpret_cast<float*>(take(lanes));
+  b->sum = reinterpret_cast<float*>(take(lanes));
+  return used;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline void copy(const uint32_t* from, uint32_t* to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = from[i];
+}
+
+inline void widen(const uint16_t* from, uint32_t* to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+inline void narrow(const float* from, uint16_t* to, int count) {
+  for (int i = 0; i < count; ++i) {
+    const uint32_t bits = to_bits(from[i]);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+
+template <class V, Mode mode>
+inline typename V::F multiply_add(typename V::F lanes, uint32_t word, typename V::F sum) {
+  if constexpr (mode == Mode::dot)
+    return V::dot(lanes, word, sum);
+  else
+    return V::fma(lanes, V::set(from_bits(word)), sum);
+}
+
+// logits[j][lanes] = scale * q . k[j] + bias[j] for V::keys keys, rows `stride` apart.
+template <class V, Mode mode, int NV>
+inline void logits_of_keys(const uint32_t* q, int words, const uint32_t* const* k, float scale, const float* bias,
+                           float* logits, int64_t stride = NV * V::lanes) {
+  using F = typename V::F;
+  constexpr int NK = V::keys, L = V::lanes;
+  F sum[NK][NV];
+#pragma GCC unroll 16
+  for (int j = 0; j < NK; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) sum[j][i] = V::set(0.0f);
+  const uint32_t* row[NK];
+#pragma GCC unroll 16
+  for (int j = 0; j < NK; ++j) row[j] = k[j];
+  for (int w = 0; w < words; ++w) {
+    F query[NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) query[i] = V::load(reinterpret_cast<const float*>(q) + (w * NV + i) * L);
+#pragma GCC unroll 16
+    for (int j = 0; j < NK; ++j)
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) sum[j][i] = multiply_add<V, mode>(query[i], row[j][w], sum[j][i]);
+  }
+  const F factor = V::set(scale);
+#pragma GCC unroll 16
+  for (int j = 0; j < NK; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) V::store(logits + j * stride + i * L, V::fma(sum[j][i], factor, V::set(bias[j])));
+}
+
+// out[d][lanes] += weights[m][lanes] * v[m][d] for V::dims(NV) values of d from `first`.
+template <class V, Mode mode, int NV>
+inline void add_values(const uint32_t* weights, const uint32_t* const* v, int count, int first, float* out) {
+  using F = typename V::F;
+  constexpr int ND = V::dims(NV), L = V::lanes;
+  F sum[ND][NV];
+#pragma GCC unroll 16
+  for (int d = 0; d < ND; ++d)
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) sum[d][i] = V::load(out + ((first + d) * NV + i) * L);
+  for (int m = 0; m < count; ++m) {
+    const uint32_t* row = v[m] + first;
+    F weight[NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) weight[i] = V::load(reinterpret_cast<const float*>(weights) + (m * NV + i) * L);
+#pragma GCC unroll 16
+    for (int d = 0; d < ND; ++d)
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) sum[d][i] = multiply_add<V, mode>(weight[i], row[d], sum[d][i]);
+  }
+#pragma GCC unroll 16
+  for (int d = 0; d < ND; ++d)
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) V::store(out + ((first + d) * NV + i) * L, sum[d][i]);
+}
+
+// Turns logits into weights relative to the running maximum; rescales what was summed before.
+template <class V, Mode mode, int NV>
+inline void online_softmax(const Buffers& b, int count, int width) {
+  using F = typename V::F;
+  constexpr int L = V::lanes;
+  F before[NV], max[NV], sum[NV];
+  for (int i = 0; i < NV; ++i) {
+    before[i] = max[i] = V::load(b.max + i * L);
+    sum[i] = V::load(b.sum + i * L);
+  }
+  for (int m = 0; m < count; ++m)
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) max[i] = V::max(V::load(b.logits + (m * NV + i) * L), max[i]);
+  bool risen = false;
+  for (int i = 0; i < NV; ++i) risen |= V::any_greater(max[i], before[i]);
+  if (risen) {
+    for (int i = 0; i < NV; ++i) {
+      const F factor = V::template exp2<false>(V::sub(before[i], max[i]));
+      sum[i] = V::mul(sum[i], factor);
+      for (int d = 0; d < width; ++d) {
+        float* at = b.out + (d * NV + i) * L;
+        V::store(at, V::mul(V::load(at), factor));
+      }
+      V::store(b.max + i * L, max[i]);
+    }
+  }
+  if constexpr (mode == Mode::dot) {
+    for (int m = 0; m < count; m += 2)
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) {
+        const F even = V::template exp2<true>(V::sub(V::load(b.logits + (m * NV + i) * L), max[i]));
+        F odd = V::set(0.0f);
+        if (m + 1 < count) odd = V::template exp2<true>(V::sub(V::load(b.logits + ((m + 1) * NV + i) * L), max[i]));
+        sum[i] = V::add(sum[i], V::add(even, odd));
+        V::store_pairs(b.weights + (m / 2 * NV + i) * L, even, odd);
+      }
+  } else {
+    for (int m = 0; m < count; ++m)
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) {
+        float* at = b.logits + (m * NV + i) * L;
+        const F weight = V::template exp2<false>(V::sub(V::load(at), max[i]));
+        sum[i] = V::add(sum[i], weight);
+        V::store(at, weight);
+      }
+  }
+  for (int i = 0; i < NV; ++i) V::store(b.sum + i * L, sum[i]);
+}
+
+// Queries to lanes; lanes without a query hold zeros.
+template <class V, Mode mode, int NV>
+inline void transpose_queries(const TileTask& t, int first, int count, const Buffers& b) {
+  constexpr int lanes = NV * V::lanes;
+  const int words = mode == Mode::dot ? t.width / 2 : t.width;
+  const uint32_t* const* rows = reinterpret_cast<const uint32_t* const*>(t.q + first);
+  int lane = 0;
+  if constexpr (V::lanes == 16 && mode != Mode::convert)
+    if (words % 16 == 0)
+      for (; lane + 16 <= count; lane += 16)
+        for (int w = 0; w < words; w += 16) V::transpose(rows + lane, w, b.q + w * lanes + lane, lanes);
+  for (; lane < lanes; ++lane) {
+    if (lane >= count) {
+      for (int w = 0; w < words; ++w) b.q[w * lanes + lane] = 0;
+      continue;
+    }
+    const uint32_t* row = rows[lane];
+    if constexpr (mode == Mode::convert) {
+      widen(static_cast<const uint16_t*>(t.q[first + lane]), reinterpret_cast<uint32_t*>(b.row), t.width);
+      row = reinterpret_cast<const uint32_t*>(b.row);
+    }
+    for (int w = 0; w < words; ++w) __builtin_memcpy(b.q + w * lanes + lane, row + w, 4);
+  }
+}
+
+template <class V, int NV>
+inline void store_result(const TileTask& t, int first, int count, const Buffers& b) {
+  constexpr int lanes = NV * V::lanes;
+  for (int lane = 0; lane < count; ++lane) {
+    const float* row = b.row;
+    if constexpr (V::lanes == 16) {
+      // The logits are no longer needed; their room takes the result, one row per query.
+      if (lane % 16 == 0)
+        for (int d = 0; d < t.width; d += 16) {
+          const uint32_t* rows[16];
+          for (int i = 0; i < 16; ++i) rows[i] = reinterpret_cast<const uint32_t*>(b.out + (d + i) * lanes + lane);
+          V::transpose(rows, 0, reinterpret_cast<uint32_t*>(b.logits) + d, t.width);
+        }
+      row = b.logits + lane % 16 * t.width;
+    } else {
+      for (int d = 0; d < t.width; ++d) b.row[d] = b.out[d * lanes + lane];
+    }
+    // Nothing was summed where every key was masked.
+    const float factor = b.sum[lane] == 0.0f ? 0.0f : 1.0f / b.sum[lane];
+    if (t.dtype == DType::float32) {
+      float* to = static_cast<float*>(t.out[first + lane]);
+      for (int d = 0; d < t.width; ++d) to[d] = row[d] * factor;
+    } else {
+      for (int d = 0; d < t.width; ++d) b.row[d] = row[d] * factor;
+      narrow(b.row, static_cast<uint16_t*>(t.out[first + lane]), t.width);
+    }
+  }
+}
+
+// Attention of `count` queries from `first`, at most NV vectors of them.
+template <class V, Mode mode, int NV>
+inline void attend_group(const TileTask& t, int first, int count, const Buffers& b) {
+  constexpr int L = V::lanes, NK = V::keys;
+  constexpr float log2e = 1.44269504088896341f;
+  const int words = mode == Mode::dot ? t.width / 2 : t.width;
+  transpose_queries<V, mode, NV>(t, first, count, b);
+  for (int i = 0; i < t.width * NV * L; ++i) b.out[i] = 0.0f;
+  for (int i = 0; i < NV * L; ++i) {
+    b.max[i] = -3.402823466e38f;
+    b.sum[i] = 0.0f;
+  }
+  const uint32_t* k[kChunk + kPadding];
+  const uint32_t* v[kChunk];
+  float bias[kChunk + kPadding];
+  for (int start = 0; start < t.keys; start += kChunk) {
+    const int size = t.keys - start < kChunk ? t.keys - start : kChunk;
+    const int padded = (size + NK - 1) / NK * NK;
+    for (int j = 0; j < padded; ++j) {
+      const int key = start + (j < size ? j : size - 1);
+      k[j] = static_cast<const uint32_t*>(t.k[key]);
+      bias[j] = t.bias != nullptr ? t.bias[key] * log2e : 0.0f;
+    }
+    const int next = t.keys - start - size < kChunk ? t.keys - start - size : kChunk;
+    const int row_bytes = t.width * (t.dtype == DType::float32 ? 4 : 2);
+    for (int j = 0; j < next; ++j)
+      for (int byte = 0; byte < row_bytes; byte += 64) {
+        __builtin_prefetch(static_cast<const char*>(t.k[start + size + j]) + byte, 0, 2);
+        __builtin_prefetch(static_cast<const char*>(t.v[start + size + j]) + byte, 0, 2);
+      }
+    if constexpr (mode == Mode::plain && NV > 1) {
+      for (int j = 0; j < size; ++j) copy(static_cast<const uint32_t*>(t.k[start + j]), b.k + j * t.width, t.width);
+      for (int j = 0; j < padded; ++j) k[j] = b.k + (j < size ? j : size - 1) * t.width;
+    }
+    if constexpr (mode == Mode::convert) {
+      for (int j = 0; j < size; ++j) widen(static_cast<const uint16_t*>(t.k[start + j]), b.k + j * t.width, t.width);
+      for (int j = 0; j < padded; ++j) k[j] = b.k + (j < size ? j : size - 1) * t.width;
+    }
+    for (int j = 0; j < padded; j += NK)
+      logits_of_keys<V, mode, NV>(b.q, words, k + j, t.scale * log2e, bias + j, b.logits + j * NV * L);
+    online_softmax<V, mode, NV>(b, size, t.width);
+    int rows = size;
+    if constexpr (mode == Mode::plain) {
+      for (int j = 0; j < size; ++j) {
+        copy(static_cast<const uint32_t*>(t.v[start + j]), b.v + j * t.width, t.width);
+        v[j] = b.v + j * t.width;
+      }
+    } else if constexpr (mode == Mode::convert) {
+      for (int j = 0; j < size; ++j) {
+        widen(static_cast<const uint16_t*>(t.v[start + j]), b.v + j * t.width, t.width);
+        v[j] = b.v + j * t.width;
+      }
+    } else {
+      rows = (size + 1) / 2;
+      for (int j = 0; j < rows; ++j) {
+        v[j] = b.v + j * t.width;
+        V::pair_rows(t.v[start + 2 * j], 2 * j + 1 < size ? t.v[start + 2 * j + 1] : nullptr, b.v + j * t.width, t.width);
+      }
+    }
+    const uint32_t* weights = mode == Mode::dot ? b.weights : reinterpret_cast<const uint32_t*>(b.logits);
+    for (int d = 0; d < t.width; d += V::dims(NV)) add_values<V, mode, NV>(weights, v, rows, d, b.out);
+  }
+  store_result<V, NV>(t, first, count, b);
+}
+
+template <class V, Mode mode>
+inline void attend_tile(const TileTask& t, void* memory) {
+  constexpr int L = V::lanes, NV = V::vectors;
+  static_assert(NV * L <= kMaxLanes);
+  Buffers b;
+  layout(t.width, static_cast<char*>(memory), &b);
+  for (int first = 0; first < t.queries; first += NV * L) {
+    const int left = t.queries - first;
+    if (left <= L)
+      attend_group<V, mode, 1>(t, first, left, b);
+    else
+      attend_group<V, mode, NV>(t, first, left < NV * L ? left : NV * L, b);
+  }
+}
+
+inline std::size_t attend_scratch(const TileTask& t) {
+  Buffers b;
+  return layout(t.width, nullptr, &b);
+}

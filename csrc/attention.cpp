@@ -1,0 +1,185 @@
+// Cuts an attention problem into tiles and hands each to the kernel of the active level.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace sparsifiner {
+namespace {
+
+void check(const Attention& p) {
+  const AttentionShape& s = p.shape;
+  if (s.width < 16 || s.width > 128 || s.width % 16 != 0)
+    throw std::invalid_argument("head width must be a multiple of 16 from 16 to 128, got " + std::to_string(s.width));
+  if (s.tokens > std::numeric_limits<int32_t>::max() || s.prefix > s.tokens)
+    throw std::invalid_argument("too many tokens, or more prefix tokens than tokens");
+  for (int64_t i = 0; i < s.tiles * s.tile_size; ++i)
+    if (p.tile_tokens[i] >= s.tokens)
+      throw std::out_of_range("tile_tokens holds " + std::to_string(p.tile_tokens[i]) + ", but there are only " +
+                              std::to_string(s.tokens) + " tokens");
+}
+
+[[noreturn]] void refuse(int32_t index, int64_t tokens) {
+  throw std::out_of_range("connectivity.indices must lie in [0, " + std::to_string(tokens) +
+                          "), the number of keys, got " + std::to_string(index));
+}
+
+const char* row(const Rows& rows, std::size_t element, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<const char*>(rows.data) +
+         element * static_cast<std::size_t>(batch * rows.batch_stride + head * rows.head_stride + token * rows.token_stride);
+}
+
+// Cuts one block of memory into aligned arrays.
+class Arena {
+ public:
+  explicit Arena(void* memory) : next_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(std::size_t count) {
+    T* array = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + 63) / 64 * 64;
+    return array;
+  }
+
+ private:
+  char* next_;
+};
+
+struct Lists {
+  const void** q;
+  void** out;
+  const void** k;
+  const void** v;
+  float* bias;
+  void* kernel;
+};
+
+Lists make_lists(std::size_t queries, std::size_t keys, std::size_t kernel_bytes) {
+  const std::size_t bytes = (2 * queries + 2 * keys) * sizeof(void*) + keys * sizeof(float) + kernel_bytes + 6 * 64;
+  Arena arena(scratch(bytes));
+  Lists lists;
+  lists.q = arena.take<const void*>(queries);
+  lists.out = arena.take<void*>(queries);
+  lists.k = arena.take<const void*>(keys);
+  lists.v = arena.take<const void*>(keys);
+  lists.bias = arena.take<float>(keys);
+  lists.kernel = arena.take<char>(kernel_bytes);
+  return lists;
+}
+
+class Driver {
+ public:
+  explicit Driver(const Attention& problem) : p_(problem), s_(problem.shape), kernels_(kernels()) {
+    element_ = p_.dtype == DType::float32 ? 4 : 2;
+    prefix_items_ = s_.prefix > 0 ? s_.batch * s_.heads : 0;
+  }
+
+  int64_t items() const { return prefix_items_ + s_.batch * s_.heads * s_.tiles; }
+
+  // The dense rows of the prefix tokens are the largest items, so they are handed out first.
+  void run(int64_t item) const {
+    if (item < prefix_items_)
+      prefix(item / s_.heads, item % s_.heads);
+    else
+      tile(item - prefix_items_);
+  }
+
+ private:
+  TileTask task(int64_t queries, int64_t keys) const {
+    TileTask task;
+    task.dtype = p_.dtype;
+    task.width = static_cast<int>(s_.width);
+    task.queries = static_cast<int>(queries);
+    task.keys = static_cast<int>(keys);
+    task.scale = p_.scale;
+    return task;
+  }
+
+  void* output(int64_t batch, int64_t head, int64_t token) const {
+    const int64_t offset = ((batch * s_.tokens + token) * s_.heads + head) * s_.width;
+    return static_cast<char*>(p_.out) + element_ * static_cast<std::size_t>(offset);
+  }
+
+  void finish(TileTask& task, const Lists& lists, bool has_bias) const {
+    task.q = lists.q;
+    task.k = lists.k;
+    task.v = lists.v;
+    task.out = lists.out;
+    task.bias = has_bias ? lists.bias : nullptr;
+    kernels_.attend(task, lists.kernel);
+  }
+
+  void prefix(int64_t batch, int64_t head) const {
+    TileTask t = task(s_.prefix, s_.tokens);
+    const Lists lists = make_lists(s_.prefix, s_.tokens, kernels_.attend_scratch(t));
+    for (int64_t i = 0; i < s_.prefix; ++i) {
+      lists.q[i] = row(p_.q, element_, batch, head, i);
+      lists.out[i] = output(batch, head, i);
+    }
+    for (int64_t i = 0; i < s_.tokens; ++i) {
+      lists.k[i] = row(p_.k, element_, batch, head, i);
+      lists.v[i] = row(p_.v, element_, batch, head, i);
+    }
+    finish(t, lists, false);
+  }
+
+  void tile(int64_t index) const {
+    const int64_t tile = index % s_.tiles, head = index / s_.tiles % s_.heads, batch = index / s_.tiles / s_.heads;
+    const int64_t keys = s_.kept + s_.pooled;
+    TileTask t = task(s_.tile_size, keys);
+    const Lists lists = make_lists(s_.tile_size, keys, kernels_.attend_scratch(t));
+    const int32_t* tokens = p_.tile_tokens + tile * s_.tile_size;
+    t.queries = 0;
+    for (int64_t i = 0; i < s_.tile_size; ++i) {
+      if (tokens[i] < 0) continue;
+      lists.q[t.queries] = row(p_.q, element_, batch, head, tokens[i]);
+      lists.out[t.queries++] = output(batch, head, tokens[i]);
+    }
+    const int32_t* indices = p_.indices + index * s_.kept;
+    const uint32_t limit = static_cast<uint32_t>(s_.tokens);
+    const char* k = row(p_.k, element_, batch, head, 0);
+    const char* v = row(p_.v, element_, batch, head, 0);
+    const int64_t k_bytes = p_.k.token_stride * static_cast<int64_t>(element_);
+    const int64_t v_bytes = p_.v.token_stride * static_cast<int64_t>(element_);
+    for (int64_t i = 0; i < s_.kept; ++i) {
+      if (static_cast<uint32_t>(indices[i]) >= limit) refuse(indices[i], s_.tokens);
+      lists.k[i] = k + indices[i] * k_bytes;
+      lists.v[i] = v + indices[i] * v_bytes;
+    }
+    for (int64_t i = 0; i < s_.pooled; ++i) {
+      lists.k[s_.kept + i] = row(p_.tail_k, element_, batch, head, i);
+      lists.v[s_.kept + i] = row(p_.tail_v, element_, batch, head, i);
+    }
+    const bool has_bias = p_.bias != nullptr || p_.tail_bias != nullptr;
+    if (has_bias) {
+      if (p_.bias != nullptr)
+        std::memcpy(lists.bias, p_.bias + index * s_.kept, sizeof(float) * s_.kept);
+      else
+        std::memset(lists.bias, 0, sizeof(float) * s_.kept);
+      if (p_.tail_bias != nullptr)
+        std::memcpy(lists.bias + s_.kept, p_.tail_bias + index * s_.pooled, sizeof(float) * s_.pooled);
+      else
+        std::memset(lists.bias + s_.kept, 0, sizeof(float) * s_.pooled);
+    }
+    finish(t, lists, has_bias);
+  }
+
+  const Attention& p_;
+  const AttentionShape& s_;
+  const Kernels& kernels_;
+  std::size_t element_;
+  int64_t prefix_items_;
+};
+
+}  // namespace
+
+void attend(const Attention& problem, int threads) {
+  check(problem);
+  const Driver driver(problem);
+  parallel_for(driver.items(), threads, [&](int64_t item) { driver.run(item); });
+}
+
+}  // namespace sparsifiner

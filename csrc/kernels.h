@@ -1,0 +1,67 @@
+// What each instruction set provides. The level_*.cpp files are compiled with flags the caller's CPU may
+// not have, so they see plain pointers only: an inline function of the standard library instantiated
+// there could be linked into code that runs everywhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sparsifiner.h"
+
+namespace sparsifiner {
+
+// Some queries that attend to one list of keys. Rows are D contiguous elements of `dtype`.
+struct TileTask {
+  DType dtype;
+  int width, queries, keys;
+  float scale;
+  const void* const* q;  // [queries]
+  const void* const* k;  // [keys]
+  const void* const* v;  // [keys]
+  const float* bias;     // [keys], added to the logits, or null
+  void* const* out;      // [queries]
+};
+
+// Some tiles of one head that score every candidate key by their pooled queries.
+struct ScoreTask {
+  DType dtype;
+  int width, tiles, members;  // pooled queries per tile
+  int64_t candidates;
+  float scale;
+  bool sum;                 // merge the pooled queries' probabilities by sum instead of max
+  const float* log2_weight; // added to the candidates' log2 probabilities, or null
+  const void* packed_keys;  // blocks of `key_block` keys from pack_keys
+  const void* const* q;     // [tiles * members], at most kMaxScoreQueries
+  int64_t count;            // keys to select
+  int32_t offset;           // added to the selected candidates' numbers
+  int32_t* indices;         // [tiles][out_stride]
+  int64_t out_stride;
+};
+
+constexpr int kMaxScoreQueries = 256;
+
+struct Kernels {
+  std::size_t (*attend_scratch)(const TileTask& task);
+  void (*attend)(const TileTask& task, void* scratch);
+  // Returns false if a score is NaN. `scratch` holds `topk_scratch(columns)` bytes.
+  bool (*topk)(const void* scores, DType dtype, int64_t columns, int64_t k, int32_t offset, int32_t* indices, void* scratch);
+  // sum[0:width] += row[0:width] for `rows` rows `stride` elements apart, then out = sum * factor.
+  void (*add_rows)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, float* sum);
+  void (*store_row)(const float* sum, float factor, int64_t width, DType dtype, void* out);
+  int key_block;
+  int (*key_words)(DType dtype, int width);  // 32-bit words of a packed key
+  void (*pack_keys)(const void* const* rows, DType dtype, int count, int width, void* packed);
+  std::size_t (*score_scratch)(const ScoreTask& task);
+  bool (*score)(const ScoreTask& task, void* scratch);  // false if a score is NaN
+};
+
+inline std::size_t topk_scratch(int64_t columns) { return static_cast<std::size_t>(columns + 64) * 8; }
+
+extern const Kernels portable_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels avx512bf16_kernels;
+
+const Kernels& kernels();  // of the active level
+
+}  // namespace sparsifiner

@@ -1,0 +1,110 @@
+// Python binding: plain addresses and numbers, so that the module is built without torch and fits every
+// release of it. sparsifiner.ops.native checks shapes, dtypes and strides before it calls.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "sparsifiner.h"
+
+namespace nb = nanobind;
+namespace sp = sparsifiner;
+
+namespace {
+
+// Address, and strides of batch, head and token in elements; address 0 stands for None.
+using RowsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Grid = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+sp::Rows rows(const RowsTuple& t) {
+  return {reinterpret_cast<const void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+sp::BlockGrid block_grid(const Grid& t) {
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+}
+
+sp::DType dtype(bool bfloat16) { return bfloat16 ? sp::DType::bfloat16 : sp::DType::float32; }
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  m.def("levels", [] {
+    std::vector<std::string> names;
+    for (sp::Level level : sp::available_levels()) names.emplace_back(sp::level_name(level));
+    return names;
+  });
+  m.def("level", [] { return std::string(sp::level_name(sp::active_level())); });
+  m.def("force_level", &sp::force_level, nb::arg("name"));
+  m.def(
+      "attend",
+      [](const Shape& shape, bool bfloat16, float scale, const RowsTuple& q, const RowsTuple& k, const RowsTuple& v,
+         uintptr_t tile_tokens, uintptr_t indices, uintptr_t bias, const RowsTuple& tail_k, const RowsTuple& tail_v,
+         uintptr_t tail_bias, uintptr_t out, int threads) {
+        sp::Attention problem;
+        auto& s = problem.shape;
+        std::tie(s.batch, s.heads, s.tokens, s.width, s.tiles, s.tile_size, s.kept, s.pooled, s.prefix) = shape;
+        problem.dtype = dtype(bfloat16);
+        problem.scale = scale;
+        problem.q = rows(q);
+        problem.k = rows(k);
+        problem.v = rows(v);
+        problem.tile_tokens = pointer<const int32_t>(tile_tokens);
+        problem.indices = pointer<const int32_t>(indices);
+        problem.bias = pointer<const float>(bias);
+        problem.tail_k = rows(tail_k);
+        problem.tail_v = rows(tail_v);
+        problem.tail_bias = pointer<const float>(tail_bias);
+        problem.out = pointer<void>(out);
+        sp::attend(problem, threads);
+      },
+      release());
+  m.def(
+      "topk",
+      [](uintptr_t scores, bool bfloat16, int64_t count, int64_t columns, int64_t row_stride, int64_t k,
+         uintptr_t indices, int64_t out_stride, int32_t offset, int threads) {
+        sp::topk(pointer<const void>(scores), dtype(bfloat16), count, columns, row_stride, k, pointer<int32_t>(indices),
+                 out_stride, offset, threads);
+      },
+      release());
+  m.def(
+      "tile_keys",
+      [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16,
+         float scale, bool sum, const RowsTuple& q, const RowsTuple& k, uintptr_t log2_weight,
+         uintptr_t indices, int threads) {
+        sp::TileKeys p;
+        std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.members, p.first, p.count) = shape;
+        p.dtype = dtype(bfloat16);
+        p.scale = scale;
+        p.sum = sum;
+        p.q = rows(q);
+        p.k = rows(k);
+        p.log2_weight = pointer<const float>(log2_weight);
+        p.indices = pointer<int32_t>(indices);
+        sp::tile_keys(p, threads);
+      },
+      release());
+  m.def(
+      "log_counts",
+      [](uintptr_t indices, uintptr_t bias, int64_t count, int64_t kept, const Grid& grid, uintptr_t counts, int threads) {
+        sp::log_counts(pointer<const int32_t>(indices), pointer<const float>(bias), count, kept, block_grid(grid),
+                       pointer<float>(counts), threads);
+      },
+      release());
+  m.def(
+      "pool_blocks",
+      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, float factor,
+         uintptr_t out, int threads) {
+        sp::pool_blocks(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), factor, pointer<void>(out), threads);
+      },
+      release());
+}

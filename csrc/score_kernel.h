@@ -1,0 +1,110 @@
+// Keys that a few tiles need most: pooled queries against every candidate key, softmax, merged per tile,
+// best keys selected, all while the scores are in the cache. Included by the level_*.cpp files inside their
+// anonymous namespace, after attend_kernel.h and topk_kernel.h.
+//
+// Here the keys lie in the lanes: they are transposed once per head, in blocks of `key_block` keys.
+
+template <class V>
+constexpr int kKeyBlock = V::vectors * V::lanes;
+
+// keys[words][key_block] from `count` <= key_block rows; lanes beyond hold zeros.
+template <class V, Mode mode>
+inline void pack_keys_as(const void* const* rows, int count, int width, void* packed) {
+  TileTask task{};
+  task.width = width;
+  task.q = rows;
+  float row[128];
+  Buffers b{};
+  b.q = static_cast<uint32_t*>(packed);
+  b.row = row;
+  transpose_queries<V, mode, V::vectors>(task, 0, count, b);
+}
+
+inline int64_t score_columns(const ScoreTask& t, int block) { return (t.candidates + block - 1) / block * block; }
+
+template <class V>
+inline std::size_t score_scratch(const ScoreTask& t) {
+  const std::size_t columns = static_cast<std::size_t>(score_columns(t, kKeyBlock<V>));
+  const std::size_t rows = static_cast<std::size_t>(t.tiles * t.members + V::keys);
+  return (rows * columns + rows * t.width + 2 * columns) * 4 + topk_scratch(t.candidates) + 4 * 64;
+}
+
+// log2 of the sum of 2^x over a row, NaN if it holds one.
+template <class V, bool coarse>
+inline float log2_sum(const float* row, int64_t columns) {
+  using F = typename V::F;
+  constexpr int L = V::lanes;
+  F max = V::set(-3.402823466e38f), sum = V::set(0.0f);
+  for (int64_t c = 0; c < columns; c += L) max = V::max(V::load(row + c), max);
+  float lane[L];
+  V::store(lane, max);
+  float highest = lane[0];
+  for (int i = 1; i < L; ++i) highest = lane[i] > highest ? lane[i] : highest;
+  for (int64_t c = 0; c < columns; c += L)
+    sum = V::add(sum, V::template exp2<coarse>(V::sub(V::load(row + c), V::set(highest))));
+  V::store(lane, sum);
+  float total = 0.0f;
+  for (int i = 0; i < L; ++i) total += lane[i];
+  return highest + __builtin_log2f(total);
+}
+
+// Returns false if a score is NaN.
+template <class V, Mode mode, class C>
+inline bool score_tiles(const ScoreTask& t, void* memory) {
+  using F = typename V::F;
+  constexpr int L = V::lanes, NK = V::keys, block = kKeyBlock<V>;
+  const int words = mode == Mode::dot ? t.width / 2 : t.width;
+  const int queries = t.tiles * t.members, padded = (queries + NK - 1) / NK * NK;
+  const int64_t columns = score_columns(t, block);
+  float* logits = static_cast<float*>(memory);  // [padded][columns]
+  float* merged = logits + padded * columns;    // [columns]
+  float* widened = merged + columns;            // [queries][D]
+  float* padded_weights = widened + static_cast<int64_t>(queries) * t.width;  // [columns]
+  void* rest = padded_weights + columns;
+  const float* weights = t.log2_weight ? padded_weights : nullptr;
+  for (int64_t c = 0; weights && c < columns; ++c) padded_weights[c] = c < t.candidates ? t.log2_weight[c] : 0.0f;
+  const uint32_t* rows[kMaxScoreQueries + NK];
+  const float bias[NK] = {};
+  for (int j = 0; j < padded; ++j) {
+    const int query = j < queries ? j : queries - 1;
+    rows[j] = static_cast<const uint32_t*>(t.q[query]);
+    if constexpr (mode == Mode::convert) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(widened) + static_cast<int64_t>(query) * t.width;
+      widen(static_cast<const uint16_t*>(t.q[query]), to, t.width);
+      rows[j] = to;
+    }
+  }
+  const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
+  for (int64_t c = 0; c < columns; c += block, packed += words * block)
+    for (int j = 0; j < padded; j += NK)
+      logits_of_keys<V, mode, V::vectors>(packed, words, rows + j, t.scale * 1.44269504088896341f, bias,
+                                          logits + j * columns + c, columns);
+  for (int tile = 0; tile < t.tiles; ++tile) {
+    float* of_tile = logits + tile * t.members * columns;
+    const float* scores = of_tile;
+    if (t.members > 1 || t.log2_weight) {
+      float total[kMaxScoreQueries];
+      for (int m = 0; m < t.members; ++m) {
+        float* row = of_tile + m * columns;
+        for (int64_t c = t.candidates; c < columns; ++c) row[c] = -__builtin_inff();
+        total[m] = log2_sum<V, mode == Mode::dot>(row, columns);
+        if (total[m] != total[m]) return false;
+      }
+      // The largest probability has the largest logarithm, so only a sum needs the powers.
+      for (int64_t c = 0; c < columns; c += L) {
+        const F weight = weights ? V::load(weights + c) : V::set(0.0f);
+        F best = V::add(V::sub(V::load(of_tile + c), V::set(total[0])), weight);
+        if (t.sum) best = V::template exp2<false>(best);
+        for (int m = 1; m < t.members; ++m) {
+          const F next = V::add(V::sub(V::load(of_tile + m * columns + c), V::set(total[m])), weight);
+          best = t.sum ? V::add(best, V::template exp2<false>(next)) : V::max(next, best);
+        }
+        V::store(merged + c, best);
+      }
+      scores = merged;
+    }
+    if (!select_topk<C>(scores, DType::float32, t.candidates, t.count, t.offset, t.indices + tile * t.out_stride, rest))
+      return false;
+  }
+  return true;
+}

@@ -1,0 +1,101 @@
+// Selection, log-counts and pooling: checks, and the loops over rows.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace sparsifiner {
+namespace {
+
+std::size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// Block number of each token; prefix tokens lie in an extra last block.
+std::vector<int32_t> block_of_token(const BlockGrid& grid) {
+  std::vector<int32_t> block(grid.prefix, static_cast<int32_t>(grid.blocks()));
+  block.reserve(grid.prefix + grid.rows * grid.columns);
+  for (int64_t y = 0; y < grid.rows; ++y)
+    for (int64_t x = 0; x < grid.columns; ++x)
+      block.push_back(static_cast<int32_t>(y / grid.block_rows * grid.horizontal() + x / grid.block_columns));
+  return block;
+}
+
+}  // namespace
+
+void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t k,
+          int32_t* indices, int64_t out_stride, int32_t offset, int threads) {
+  if (k < 0 || k > columns)
+    throw std::invalid_argument("top-k of " + std::to_string(columns) + " columns needs 0 <= k <= " +
+                                std::to_string(columns) + ", got " + std::to_string(k));
+  if (columns + static_cast<int64_t>(offset) > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("too many columns for 32-bit indices");
+  if (k == 0) return;
+  const Kernels& kernel = kernels();
+  constexpr int64_t group = 4;
+  parallel_for((rows + group - 1) / group, threads, [&](int64_t item) {
+    void* memory = scratch(topk_scratch(columns));
+    for (int64_t row = item * group; row < std::min(rows, (item + 1) * group); ++row) {
+      const void* from = static_cast<const char*>(scores) + size_of(dtype) * static_cast<std::size_t>(row * row_stride);
+      if (!kernel.topk(from, dtype, columns, k, offset, indices + row * out_stride, memory))
+        throw std::invalid_argument("top-k: row " + std::to_string(row) + " of the scores holds NaN");
+    }
+  });
+}
+
+void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t kept, const BlockGrid& grid,
+                float* counts, int threads) {
+  const int64_t blocks = grid.blocks(), largest = grid.block_rows * grid.block_columns;
+  const std::vector<int32_t> block = block_of_token(grid);
+  std::vector<int32_t> size(blocks + 1, 0);
+  for (int32_t b : block) ++size[b];
+  std::vector<float> log_of(largest + 1);
+  for (int64_t n = 0; n <= largest; ++n) log_of[n] = n > 0 ? std::log(static_cast<float>(n)) : -INFINITY;
+  constexpr int64_t group = 8;
+  parallel_for((rows + group - 1) / group, threads, [&](int64_t item) {
+    int32_t* left = static_cast<int32_t*>(scratch(sizeof(int32_t) * static_cast<std::size_t>(blocks + 1)));
+    for (int64_t row = item * group; row < std::min(rows, (item + 1) * group); ++row) {
+      std::copy(size.begin(), size.end(), left);
+      const int32_t* index = indices + row * kept;
+      for (int64_t i = 0; i < kept; ++i) {
+        if (static_cast<std::size_t>(static_cast<uint32_t>(index[i])) >= block.size())
+          throw std::out_of_range("connectivity.indices must lie in [0, " + std::to_string(block.size()) +
+                                  "), the number of keys, got " + std::to_string(index[i]));
+        if (bias == nullptr || bias[row * kept + i] > -INFINITY) --left[block[index[i]]];
+      }
+      for (int64_t b = 0; b < blocks; ++b) counts[row * blocks + b] = log_of[std::max(left[b], 0)];
+    }
+  });
+}
+
+void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
+                 float factor, void* out, int threads) {
+  if (width < 1 || width > 128) throw std::invalid_argument("pooling needs a width from 1 to 128");
+  const Kernels& kernel = kernels();
+  const std::size_t element = size_of(dtype);
+  // Heads of a token are neighbours in memory, so they come last.
+  parallel_for(batch * grid.vertical(), threads, [&](int64_t item) {
+    const int64_t by = item % grid.vertical(), b = item / grid.vertical();
+    const int64_t top = by * grid.block_rows, bottom = std::min(grid.rows, top + grid.block_rows);
+    for (int64_t bx = 0; bx < grid.horizontal(); ++bx) {
+      const int64_t left = bx * grid.block_columns, right = std::min(grid.columns, left + grid.block_columns);
+      const float mean = factor / static_cast<float>((bottom - top) * (right - left));
+      for (int64_t head = 0; head < heads; ++head) {
+        float sum[128] = {};
+        for (int64_t y = top; y < bottom; ++y) {
+          const int64_t token = grid.prefix + y * grid.columns + left;
+          const int64_t offset = b * x.batch_stride + head * x.head_stride + token * x.token_stride;
+          kernel.add_rows(static_cast<const char*>(x.data) + static_cast<int64_t>(element) * offset, dtype, right - left,
+                          x.token_stride, width, sum);
+        }
+        const int64_t row = (b * heads + head) * grid.blocks() + by * grid.horizontal() + bx;
+        kernel.store_row(sum, mean, width, dtype, static_cast<char*>(out) + element * static_cast<std::size_t>(row * width));
+      }
+    }
+  });
+}
+
+}  // namespace sparsifiner

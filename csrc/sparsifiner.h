@@ -1,0 +1,86 @@
+// Sparse attention for CPUs: the public interface of the core. Knows nothing of Python or torch.
+//
+// Sizes: B batch, H heads, N tokens, D head width, T query tiles, S queries per tile, K kept keys per
+// tile, P pooled tail tokens. Functions throw std::invalid_argument or std::out_of_range before they
+// touch memory they should not.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace sparsifiner {
+
+enum class DType { float32, bfloat16 };
+
+// Instruction sets, in rising order.
+enum class Level { portable, avx2, avx512, avx512bf16 };
+
+const char* level_name(Level level);
+std::vector<Level> available_levels();  // compiled in and supported by this CPU, best last
+Level active_level();
+void force_level(const std::string& name);  // "" returns to the best one; throws if it is not available
+
+// Rows of D contiguous elements, one per batch, head and token. Strides count elements.
+struct Rows {
+  const void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+};
+
+struct AttentionShape {
+  int64_t batch, heads, tokens, width, tiles, tile_size, kept, pooled, prefix;
+};
+
+// out[B, N, H, D] = softmax(scale * q k^T + bias) v over each tile's kept keys and the pooled tail.
+struct Attention {
+  AttentionShape shape;
+  DType dtype;
+  float scale;
+  Rows q, k, v;
+  const int32_t* tile_tokens;          // [T, S], -1 where a tile has no query
+  const int32_t* indices;              // [B, H, T, K]
+  const float* bias = nullptr;         // [B, H, T, K] or null
+  Rows tail_k, tail_v;                 // P rows per batch and head
+  const float* tail_bias = nullptr;    // [B, H, T, P]
+  void* out;                           // [B, N, H, D]
+};
+void attend(const Attention& problem, int threads);
+
+// indices[R, k] of the k largest of scores[R, C] (rows `row_stride` elements apart), ascending, plus
+// `offset`; equal scores go to the lowest index. Throws std::invalid_argument on NaN.
+// With out_stride > k rows of the result are that far apart.
+void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t k,
+          int32_t* indices, int64_t out_stride, int32_t offset, int threads);
+
+// The keys each tile needs most, by its pooled queries: softmax(scale * q k^T) over the candidates
+// [first, N), merged over the tile's pooled queries by max or sum, and the `count` best selected.
+struct TileKeys {
+  int64_t batch, heads, tokens, width, tiles, members, first, count;
+  DType dtype;
+  float scale;
+  bool sum;
+  Rows q;                  // pooled queries, T * members rows per batch and head
+  Rows k;                  // N rows
+  const float* log2_weight = nullptr;  // [B, H, N - first]: added to the log2 probabilities, or null
+  int32_t* indices;        // [B, H, T, first + count]: tokens below `first`, then the selected ones, ascending
+};
+void tile_keys(const TileKeys& problem, int threads);
+
+// A grid of patches behind `prefix` tokens, cut into blocks of block_rows x block_columns.
+struct BlockGrid {
+  int64_t prefix, rows, columns, block_rows, block_columns;
+  int64_t vertical() const { return (rows + block_rows - 1) / block_rows; }
+  int64_t horizontal() const { return (columns + block_columns - 1) / block_columns; }
+  int64_t blocks() const { return vertical() * horizontal(); }
+};
+
+// counts[R, P] = log(keys of each block that are not among indices[R, K]); entries whose bias is -inf
+// do not count as kept.
+void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t kept, const BlockGrid& grid,
+                float* counts, int threads);
+
+// out[B, H, P, D] = factor * mean over each block of x.
+void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
+                 float factor, void* out, int threads);
+
+}  // namespace sparsifiner

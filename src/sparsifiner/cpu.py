@@ -1,0 +1,102 @@
+"""The compiled CPU kernels: whether they are there, at which instruction set they run, and how they are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+LEVEL_VARIABLE = "SPARSIFINER_CPU_LEVEL"
+
+_missing: str | None = None
+try:
+    from . import _native  # type: ignore[attr-defined]
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _missing = (
+        f"the compiled module sparsifiner._native is not there ({error}); install a C++17 compiler "
+        f"(g++ or clang) and run `pip install --force-reinstall --no-deps sparsifiner` to build it"
+    )
+else:
+    try:
+        _native.force_level(os.environ.get(LEVEL_VARIABLE, ""))
+    except ValueError as error:
+        _missing = f"{LEVEL_VARIABLE} asks for what this machine cannot do: {error}"
+
+
+def why_missing() -> str | None:
+    """Why the compiled kernels cannot be used on this machine, in words, or None if they can."""
+    return _missing
+
+
+def levels() -> list[str]:
+    """Instruction sets this machine can run, best last: ``portable``, ``avx2``, ``avx512``, ``avx512bf16``."""
+    return [] if _missing is not None else list(_native.levels())
+
+
+def level() -> str | None:
+    """The instruction set the kernels run with."""
+    return None if _missing is not None else str(_native.level())
+
+
+@contextmanager
+def force_level(name: str) -> Iterator[None]:
+    """Run the kernels with the instruction set ``name``, in all threads. For tests and comparisons.
+
+    Raises:
+        ValueError: if it is unknown or this machine does not have it.
+    """
+    if _missing is not None:
+        raise ValueError(_missing)
+    before = _native.level()
+    _native.force_level(name)
+    try:
+        yield
+    finally:
+        _native.force_level(before)
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why the kernels cannot read tensors like ``x``, in words, or None if they can."""
+    if _missing is not None:
+        return _missing
+    if x.device.type != "cpu":
+        return f"it runs on CPUs, the tensors are on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"it computes in float32 and bfloat16, not in {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a function of these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+Rows = tuple[int, int, int, int]
+"""Address, and strides in elements of batch, head and token."""
+
+
+def readable_rows(x: Tensor) -> Tensor:
+    """``x`` ``[B, H, N, D]``, copied only if its rows are not contiguous or not aligned to 4 bytes."""
+    aligned = x.data_ptr() % 4 == 0 and (x.dtype != torch.bfloat16 or all(s % 2 == 0 for s in x.stride()[:3]))
+    if x.stride(3) == 1 and aligned:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def rows(x: Tensor | None) -> Rows:
+    """How the kernels are told of ``x`` ``[B, H, N, D]``; keep ``x`` alive during the call."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``x`` contiguous in ``dtype``, or None."""
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,0 +1,108 @@
+"""Block means and log-counts of the patch grid, in C++ where that can run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .tiling import Tiling
+
+
+def pool_blocks(x: Tensor, blocks: Tiling) -> Tensor:
+    """Mean of the patches of ``x`` ``[B, H, N, D]`` over each block: ``[B, H, P, D]``.
+
+    Args:
+        x: tokens, prefix tokens first; differentiable where it is computed by torch.
+        blocks: blocks of the patch grid, with the number of prefix tokens to skip.
+    """
+    if cpu.why_not(x) is None and x.shape[-1] <= 128 and not cpu.needs_gradients(x):
+        return native_pool_blocks(x, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
+    return blocks.mean_patches(x[:, :, blocks.num_prefix_tokens :])
+
+
+def count_unkept(indices: Tensor, bias: Tensor | None, blocks: Tiling) -> Tensor:
+    """Log of the number of keys per block that are not among the kept ones, float32 ``[B, H, T, P]``.
+
+    Args:
+        indices: token numbers of the kept keys, int32 ``[B, H, T, K]``.
+        bias: ``[B, H, T, K]`` or None; entries whose bias is ``-inf`` are not kept.
+        blocks: blocks of the patch grid, with the number of prefix tokens, which are in no block.
+    """
+    if cpu.why_missing() is None and indices.device.type == "cpu":
+        bias = None if bias is None else bias.detach()
+        return native_count_unkept(indices, bias, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
+    # Prefix keys and padding are counted in an extra last column, which is cut off.
+    block_of_token = torch.nn.functional.pad(
+        blocks.tile_of_patch(indices.device), (blocks.num_prefix_tokens, 0), value=blocks.num_tiles
+    )
+    block = block_of_token[indices.long()]
+    if bias is not None:
+        block = block.masked_fill(bias == float("-inf"), blocks.num_tiles)
+    kept = torch.zeros(*indices.shape[:3], blocks.num_tiles + 1, device=indices.device)
+    kept.scatter_add_(-1, block, torch.ones_like(block, dtype=kept.dtype))
+    return (blocks.sizes(indices.device) - kept[..., :-1]).log()
+
+
+@torch.library.custom_op("sparsifiner::native_pool_blocks", mutates_args=(), device_types="cpu")
+def native_pool_blocks(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int) -> Tensor:
+    """``[B, H, prefix + rows * columns, D]`` to the means of its blocks, ``[B, H, P, D]``."""
+    batch, heads, num_tokens, width = x.shape
+    if num_tokens != prefix + rows * columns:
+        raise ValueError(f"x must have {prefix + rows * columns} tokens, got {list(x.shape)}")
+    out = _empty_blocks(x, rows, columns, block_rows, block_columns)
+    x = x if x.stride(3) == 1 else x.contiguous()
+    cpu._native.pool_blocks(
+        cpu.rows(x),
+        x.dtype == torch.bfloat16,
+        batch,
+        heads,
+        width,
+        (prefix, rows, columns, block_rows, block_columns),
+        1.0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@native_pool_blocks.register_fake
+def _(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int) -> Tensor:
+    return _empty_blocks(x, rows, columns, block_rows, block_columns)
+
+
+def _empty_blocks(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int) -> Tensor:
+    blocks = -(-rows // block_rows) * -(-columns // block_columns)
+    return x.new_empty(x.shape[0], x.shape[1], blocks, x.shape[3])
+
+
+@torch.library.custom_op("sparsifiner::native_count_unkept", mutates_args=(), device_types="cpu")
+def native_count_unkept(
+    indices: Tensor, bias: Tensor | None, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int
+) -> Tensor:
+    """Log-counts ``[B, H, T, P]`` float32 of int32 indices ``[B, H, T, K]``."""
+    out = _empty_counts(indices, rows, columns, block_rows, block_columns)
+    indices, bias = indices.contiguous(), cpu.plain(bias, torch.float32)
+    kept = indices.shape[-1]
+    cpu._native.log_counts(
+        indices.data_ptr(),
+        cpu.address(bias),
+        indices.numel() // max(1, kept),
+        kept,
+        (prefix, rows, columns, block_rows, block_columns),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@native_count_unkept.register_fake
+def _(
+    indices: Tensor, bias: Tensor | None, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int
+) -> Tensor:
+    return _empty_counts(indices, rows, columns, block_rows, block_columns)
+
+
+def _empty_counts(indices: Tensor, rows: int, columns: int, block_rows: int, block_columns: int) -> Tensor:
+    blocks = -(-rows // block_rows) * -(-columns // block_columns)
+    return indices.new_empty((*indices.shape[:3], blocks), dtype=torch.float32)

@@ -1,0 +1,108 @@
+"""The choice of the best-scoring keys: exact top-k, in C++ where that can run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+
+def top_keys(scores: Tensor, count: int) -> Tensor:
+    """Numbers of the ``count`` best candidates of every row, int32 ``[..., count]``. No gradient flows.
+
+    In C++ they come in rising order, ties go to the lowest number and NaN is refused; ``torch.topk``, which
+    serves elsewhere, promises none of that.
+
+    Args:
+        scores: ``[..., candidates]``.
+        count: keys to keep, at most ``candidates``.
+    """
+    if cpu.why_not(scores) is None:
+        return native_topk(scores.detach(), count)
+    return scores.topk(count, dim=-1, sorted=False).indices.to(torch.int32)
+
+
+@torch.library.custom_op("sparsifiner::native_topk", mutates_args=(), device_types="cpu")
+def native_topk(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest of each row of ``[..., C]``, int32 ``[..., count]``, rising; lowest first on ties."""
+    columns = scores.shape[-1]
+    flat = scores.contiguous().view(-1, columns) if columns else scores.reshape(0, 0)
+    out = scores.new_empty((*scores.shape[:-1], count), dtype=torch.int32)
+    cpu._native.topk(
+        flat.data_ptr(),
+        scores.dtype == torch.bfloat16,
+        flat.shape[0],
+        columns,
+        columns,
+        count,
+        out.data_ptr(),
+        count,
+        0,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@native_topk.register_fake
+def _(scores: Tensor, count: int) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], count), dtype=torch.int32)
+
+
+def why_not_tile_keys(q: Tensor, group_count: int) -> str | None:
+    """Why :func:`native_tile_keys` cannot serve, in words, or None if it can."""
+    width = q.shape[-1]
+    if width % 16 or not 16 <= width <= 128:
+        return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
+    if group_count > 256:
+        return f"it takes at most 256 pooled queries per tile, not {group_count}"
+    return cpu.why_not(q)
+
+
+@torch.library.custom_op("sparsifiner::native_tile_keys", mutates_args=(), device_types="cpu")
+def native_tile_keys(
+    pooled: Tensor, k: Tensor, weight: Tensor | None, first: int, count: int, scale: float, sum_probabilities: bool
+) -> Tensor:
+    """Score, merge and select in one pass, without ever holding all scores.
+
+    Args:
+        pooled: pooled queries of each tile ``[B, H, T, G, D]``.
+        k: keys ``[B, H, N, D]``; the candidates are those from ``first``.
+        weight: factor on each candidate's probabilities, not negative, ``[B, H, N - first]``, or None.
+        first: number of leading tokens that every tile keeps.
+        count: candidates to select per tile.
+        scale: factor on the logits.
+        sum_probabilities: merge the pooled queries' probabilities by sum instead of max.
+
+    Returns:
+        Token numbers, int32 ``[B, H, T, first + count]``, rising.
+    """
+    batch, heads, num_tokens, width = k.shape
+    num_tiles, per_tile = pooled.shape[2:4]
+    out = _empty_keys(pooled, first, count)
+    queries, k = cpu.readable_rows(pooled.flatten(2, 3)), cpu.readable_rows(k)
+    # Scores are compared as logarithms; a weight of zero becomes the smallest one there is.
+    log2_weight = None if weight is None else weight.float().log2().clamp(min=-126.0).contiguous()
+    cpu._native.tile_keys(
+        (batch, heads, num_tokens, width, num_tiles, per_tile, first, count),
+        k.dtype == torch.bfloat16,
+        scale,
+        sum_probabilities,
+        cpu.rows(queries),
+        cpu.rows(k),
+        cpu.address(log2_weight),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@native_tile_keys.register_fake
+def _(
+    pooled: Tensor, k: Tensor, weight: Tensor | None, first: int, count: int, scale: float, sum_probabilities: bool
+) -> Tensor:
+    return _empty_keys(pooled, first, count)
+
+
+def _empty_keys(pooled: Tensor, first: int, count: int) -> Tensor:
+    return pooled.new_empty((*pooled.shape[:3], first + count), dtype=torch.int32)
