@@ -27,9 +27,8 @@ def tiny_models(monkeypatch):
         if (os.path.isdir(name)) or name not in ("builtin", "no_class"):
             return run_load(name, img_size=img_size)
         kind = "vit_tiny_patch16_224" if name == "builtin" else "vit_base_patch16_siglip_224"
-        return timm.create_model(
-            kind, img_size=img_size or 96, depth=2, num_classes=0, embed_dim=96, num_heads=3
-        ).eval()
+        settings = dict(img_size=img_size or 96, depth=2, num_classes=0, embed_dim=96, num_heads=3)
+        return lively(timm.create_model(kind, **settings))
 
     run_load = run.load_model
     monkeypatch.setattr(run, "load_model", load)

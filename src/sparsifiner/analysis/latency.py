@@ -185,6 +185,8 @@ def break_even(
     ``scaled_dot_product_attention`` on the same random q, k, v, laid out as the packed projection leaves them, at
     the dtype and device of the layer and batch 1. Token counts grow by about 1.5 from 14 x 14 patches on; the
     interval in which sparse begins to win is then halved twice. Projections and MLP cost both sides the same.
+    On a machine that is busy with other work sparse looks worse than it is: it is many small parallel steps, each
+    of which waits for the slowest thread.
 
     Args:
         sparse: a sparse model.
