@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,8 @@ LEVEL_VARIABLE = "SPARSIFINER_CPU_LEVEL"
 
 _missing: str | None = None
 try:
-    from . import _native  # type: ignore[attr-defined]
+    _native: Any = import_module("sparsifiner._native")
 except ImportError as error:
-    _native = None  # type: ignore[assignment]
     _missing = (
         f"the compiled module sparsifiner._native is not there ({error}); install a C++17 compiler "
         f"(g++ or clang) and run `pip install --force-reinstall --no-deps sparsifiner` to build it"

@@ -25,7 +25,7 @@ def top_keys(scores: Tensor, count: int) -> Tensor:
 
 @torch.library.custom_op("sparsifiner::native_topk", mutates_args=(), device_types="cpu")
 def native_topk(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest of each row of ``[..., C]``, int32 ``[..., count]``, rising; lowest first on ties."""
+    """Indices of the ``count`` largest of each row of ``[..., C]``, int32 ``[..., count]``, rising; ties: lowest."""
     columns = scores.shape[-1]
     flat = scores.contiguous().view(-1, columns) if columns else scores.reshape(0, 0)
     out = scores.new_empty((*scores.shape[:-1], count), dtype=torch.int32)
