@@ -215,6 +215,54 @@ void test_topk(std::mt19937& random, const char* level) {
   expect(refused, "NaN refused", level);
 }
 
+// One query per tile: the selected keys must be those of the largest weighted probabilities.
+void test_tile_keys(std::mt19937& random, const char* level) {
+  const Case c(random, false);
+  sp::TileKeys p;
+  p.batch = c.s.batch;
+  p.heads = c.s.heads;
+  p.tokens = c.s.tokens;
+  p.width = c.s.width;
+  p.first = c.s.prefix;
+  p.count = std::uniform_int_distribution<int64_t>(1, p.tokens - p.first)(random);
+  p.dtype = sp::DType::float32;
+  p.scale = 1.0f;
+  p.sum = false;
+  p.q = c.problem(nullptr).q;
+  p.k = c.problem(nullptr).k;
+  p.members = 1;  // each token is a tile of its own
+  p.tiles = p.tokens;
+  const int64_t candidates = p.tokens - p.first;
+  std::vector<float> weight(random() % 2 ? p.batch * p.heads * candidates : 0);
+  std::normal_distribution<float> normal;
+  for (float& w : weight) w = normal(random);
+  if (!weight.empty()) p.log2_weight = weight.data();
+  std::vector<int32_t> got(p.batch * p.heads * p.tiles * (p.first + p.count));
+  p.indices = got.data();
+  sp::tile_keys(p, 2);
+  bool best = true;
+  std::vector<double> score(p.tokens);
+  for (int64_t r = 0; r < p.batch * p.heads * p.tiles; ++r) {
+    const int64_t t = r % p.tiles, h = r / p.tiles % p.heads, b = r / p.tiles / p.heads;
+    for (int64_t n = 0; n < p.tokens; ++n) {
+      score[n] = 0;
+      for (int64_t d = 0; d < p.width; ++d) score[n] += c.row(0, b, h, t)[d] * c.row(1, b, h, n)[d];
+      if (!weight.empty() && n >= p.first)
+        score[n] += std::log(2.0) * weight[(b * p.heads + h) * candidates + n - p.first];
+    }
+    const int32_t* row = got.data() + r * (p.first + p.count);
+    std::vector<bool> chosen(p.tokens);
+    for (int64_t i = 0; i < p.first + p.count; ++i) chosen[row[i]] = true;
+    double worst_chosen = INFINITY, best_left = -INFINITY;
+    for (int64_t n = p.first; n < p.tokens; ++n) {
+      if (chosen[n]) worst_chosen = std::min(worst_chosen, score[n]);
+      else best_left = std::max(best_left, score[n]);
+    }
+    best = best && worst_chosen >= best_left - 1e-3;
+  }
+  expect(best, "tile keys", level);
+}
+
 void test_pooling(std::mt19937& random, const char* level) {
   auto pick = [&](int64_t high) { return std::uniform_int_distribution<int64_t>(1, high)(random); };
   sp::BlockGrid grid{pick(3) - 1, pick(9), pick(9), 1, 1};
@@ -257,6 +305,7 @@ void stress(double seconds) {
       do {
         test_attention(random, "stress");
         test_topk(random, "stress");
+        test_tile_keys(random, "stress");
         test_pooling(random, "stress");
       } while (std::chrono::steady_clock::now() < end);
     });
@@ -274,6 +323,7 @@ int main(int argc, char** argv) {
       test_attention(random, name);
       test_bad_indices(random, name);
       test_topk(random, name);
+      test_tile_keys(random, name);
       test_pooling(random, name);
     }
   }
