@@ -62,6 +62,15 @@ def test_the_report_is_printed_and_written(cli, tmp_path):
     assert "http" not in page.replace("http-equiv", "")
 
 
+def test_several_keep_rates_fit_a_hundred_columns(cli):
+    rates = "0.05,0.1,0.25,0.5"
+    code, out, err = cli("report", "--keep-rate", rates, *QUICK, "--num-images", "1", "--num-pictures", "0")
+    assert code == 0, err
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith("written: ")) <= 100
+    assert all(f"keep {rate}" in out for rate in rates.split(","))
+
+
 def test_json_is_all_that_stdout_gets_and_holds_every_case(cli, tmp_path):
     code, out, err = cli("report", "--json", "--img-size", "64,64x96", "--keep-rate", "0.1,1", *QUICK)
     assert code == 0, err

@@ -75,10 +75,10 @@ def table_rows(cases: list[Case]) -> list[Row]:
 
 
 def density_text(case: Case) -> str:
-    """``10.1 %`` where all layers agree, otherwise the range."""
+    """``10.1 %`` where all layers agree, otherwise the range over the layers."""
     values = [value * 100 for value in case.fidelity.density.values()]
     low, high = f"{min(values):.1f}", f"{max(values):.1f}"
-    return f"{low} % ({len(values)} layers)" if low == high else f"{low} - {high} %"
+    return f"{low} %" if low == high else f"{low} - {high} %"
 
 
 def layer_rows(case: Case) -> list[tuple[str, list[str]]]:

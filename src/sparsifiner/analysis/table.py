@@ -51,7 +51,8 @@ def _table(cases: list[Case]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("dense", justify="right", no_wrap=True)
     for case in cases:
-        table.add_column(f"sparse, {case.rate_label}", justify="right", no_wrap=True)
+        label = f"sparse, {case.rate_label}" if len(cases) == 1 else case.rate_label
+        table.add_column(label, justify="right", no_wrap=True)
         if len(cases) == 1:
             table.add_column("sparse / dense", justify="right", no_wrap=True)
     group = ""
@@ -65,5 +66,11 @@ def _table(cases: list[Case]) -> Table:
             value, of = row.sparse[0]
             table.add_row(f"  {row.name}", row.dense, value, of)
         else:
-            table.add_row(f"  {row.name}", row.dense, *(f"{value} {of}".strip() for value, of in row.sparse))
+            worst = " (worst)" if any(of.startswith("worst") for _, of in row.sparse) else ""
+            table.add_row(f"  {row.name}{worst}", row.dense, *(_cell(value, of) for value, of in row.sparse))
     return table
+
+
+def _cell(value: str, of: str) -> str:
+    """Value and ratio, or mean and worst, in little space."""
+    return f"{value} ({of.removeprefix('worst ')})" if of else value
