@@ -9,6 +9,7 @@ import os
 import pytest
 import timm
 import torch
+from conftest import lively
 from PIL import Image
 
 import sparsifiner
