@@ -51,7 +51,7 @@ def cli(capsys, tmp_path):
 def test_the_report_is_printed_and_written(cli, tmp_path):
     code, out, err = cli("report", *QUICK, "--num-images", "2")
     assert code == 0, err
-    for words in ("patch features, relative L2", "class feature, cosine", "projections", "predictor", "MLP", "median",
+    for words in ("patches, relative L2", "class token, cosine", "projections", "predictor", "MLP", "median",
                   "density per layer", "sparse, keep 0.1", "on this machine"):  # fmt: skip
         assert words in out
     assert max(len(line) for line in out.splitlines() if not line.startswith("written: ")) <= 100

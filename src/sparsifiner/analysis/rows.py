@@ -25,16 +25,16 @@ def table_rows(cases: list[Case]) -> list[Row]:
     def add(group: str, name: str, dense: str, sparse: list[tuple[str, str]]) -> None:
         rows.append(Row(group, name, dense, sparse))
 
-    for term, name in (("patch", "patch features"), ("class", "class feature")):
+    for term, name in (("patch", "patches"), ("class", "class token")):
         if cases[0].fidelity.mean(f"{term}_cosine") is None:
-            add("Fidelity to dense", name, "", [("no class token", "") for _ in cases])
+            add("Final features, sparse to dense", name, "", [("no class token", "") for _ in cases])
             continue
         for kind, words in (("l2", "relative L2"), ("cosine", "cosine")):
             cells = [
                 (f"{case.fidelity.mean(f'{term}_{kind}'):.4f}", f"worst {case.fidelity.worst(f'{term}_{kind}'):.4f}")
                 for case in cases
             ]
-            add("Fidelity to dense", f"{name}, {words}", "", cells)
+            add("Final features, sparse to dense", f"{name}, {words}", "", cells)
     dense = cases[0].flops_dense
     flops = (
         ("projections (qkv, out)", lambda f: f.projection_macs),
@@ -111,7 +111,10 @@ def size(count: float) -> str:
 
 def ratio(value: float, reference: float) -> str:
     """``x0.52``, or nothing where there is nothing to compare with."""
-    return f"x{value / reference:.2f}" if reference else ""
+    if not reference:
+        return ""
+    factor = value / reference
+    return f"x{factor:.2f}" if factor < 10 else f"x{factor:.0f}"
 
 
 def macs_share(flops: FlopReport) -> list[tuple[str, float]]:

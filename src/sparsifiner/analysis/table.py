@@ -47,7 +47,9 @@ def _table(cases: list[Case]) -> Table:
 
     first = cases[0]
     title = f"{first.size_label}: {first.grid[0]}x{first.grid[1]} patches, {first.num_tokens} tokens"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1)
+    )
     table.add_column("", no_wrap=True)
     table.add_column("dense", justify="right", no_wrap=True)
     for case in cases:
