@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "sparsifiner.h"
 
@@ -38,6 +39,14 @@ struct ScoreTask {
   int64_t out_stride;
 };
 
+struct GroupTask {
+  DType dtype;
+  int width, queries, groups, steps;
+  const void* const* q;     // [queries]
+  const int32_t* group_of;  // [queries]: the group each starts in
+  void* out;                // [groups][width]
+};
+
 constexpr int kMaxScoreQueries = 256;
 
 struct Kernels {
@@ -53,6 +62,8 @@ struct Kernels {
   void (*pack_keys)(const void* const* rows, DType dtype, int count, int width, void* packed);
   std::size_t (*score_scratch)(const ScoreTask& task);
   bool (*score)(const ScoreTask& task, void* scratch);  // false if a score is NaN
+  void (*group_tile)(const GroupTask& task, void* scratch);
+  void (*distances)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean, float* out);
 };
 
 inline std::size_t topk_scratch(int64_t columns) { return static_cast<std::size_t>(columns + 64) * 8; }

@@ -8,6 +8,7 @@ namespace {
 #include "attend_kernel.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "group_kernel.h"
 
 struct Avx2 {
   using F = __m256;
@@ -64,7 +65,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, key_words, pack_keys, score_scratch<Avx2>, score,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, key_words, pack_keys, score_scratch<Avx2>, score, group_tile, distances,
 };
 
 }  // namespace sparsifiner

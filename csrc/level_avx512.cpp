@@ -9,6 +9,7 @@ namespace {
 #include "level_avx512_vector.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "group_kernel.h"
 
 void attend(const TileTask& task, void* memory) {
   if (task.dtype == DType::float32)
@@ -34,7 +35,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx512_kernels;
 const Kernels avx512_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_keys, score_scratch<Avx512>, score,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_keys, score_scratch<Avx512>, score, group_tile, distances,
 };
 
 }  // namespace sparsifiner

@@ -9,6 +9,7 @@ namespace {
 #include "level_avx512_vector.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "group_kernel.h"
 
 struct Avx512Bf16 : Avx512 {
   static F dot(F lanes, uint32_t pair, F sum) {
@@ -60,7 +61,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_keys, score_scratch<Avx512>, score,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_keys, score_scratch<Avx512>, score, group_tile, distances,
 };
 
 }  // namespace sparsifiner

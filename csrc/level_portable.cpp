@@ -6,6 +6,7 @@ namespace {
 #include "attend_kernel.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "group_kernel.h"
 
 struct Portable {
   typedef float F __attribute__((vector_size(16)));
@@ -73,7 +74,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, key_words, pack_keys, score_scratch<Portable>, score,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, key_words, pack_keys, score_scratch<Portable>, score, group_tile, distances,
 };
 
 }  // namespace sparsifiner

@@ -94,6 +94,27 @@ NB_MODULE(_native, m) {
       },
       release());
   m.def(
+      "group_queries",
+      [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16,
+         const RowsTuple& q, uintptr_t tile_tokens, uintptr_t group_of, uintptr_t out, int threads) {
+        sp::TileGroups p;
+        std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.tile_size, p.groups, p.steps) = shape;
+        p.dtype = dtype(bfloat16);
+        p.q = rows(q);
+        p.tile_tokens = pointer<const int32_t>(tile_tokens);
+        p.group_of = pointer<const int32_t>(group_of);
+        p.out = pointer<void>(out);
+        sp::group_queries(p, threads);
+      },
+      release());
+  m.def(
+      "block_distances",
+      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, uintptr_t out,
+         int threads) {
+        sp::block_distances(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<float>(out), threads);
+      },
+      release());
+  m.def(
       "log_counts",
       [](uintptr_t indices, uintptr_t bias, int64_t count, int64_t kept, const Grid& grid, uintptr_t counts, int threads) {
         sp::log_counts(pointer<const int32_t>(indices), pointer<const float>(bias), count, kept, block_grid(grid),

@@ -66,6 +66,18 @@ struct TileKeys {
 };
 void tile_keys(const TileKeys& problem, int threads);
 
+// Means of `groups` groups of like queries in each tile. The tile's queries start in group_of[tile_size] and
+// are regrouped around the means `steps` times (Lloyd); an empty group keeps its mean.
+struct TileGroups {
+  int64_t batch, heads, tokens, width, tiles, tile_size, groups, steps;
+  DType dtype;
+  Rows q;
+  const int32_t* tile_tokens;  // [T, S], -1 where a tile sticks out: its first token counts again
+  const int32_t* group_of;     // [S]
+  void* out;                   // [B, H, T, groups, D]
+};
+void group_queries(const TileGroups& problem, int threads);
+
 // A grid of patches behind `prefix` tokens, cut into blocks of block_rows x block_columns.
 struct BlockGrid {
   int64_t prefix, rows, columns, block_rows, block_columns;
@@ -78,6 +90,10 @@ struct BlockGrid {
 // do not count as kept.
 void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t kept, const BlockGrid& grid,
                 float* counts, int threads);
+
+// out[B, H, N] = distance of each row of x from the mean of its block; of prefix rows, their norm.
+void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
+                     float* out, int threads);
 
 // out[B, H, P, D] = factor * mean over each block of x.
 void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,

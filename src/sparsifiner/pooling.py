@@ -1,4 +1,4 @@
-"""Block means and log-counts of the patch grid, in C++ where that can run."""
+"""Means, distances and log-counts over blocks of the patch grid, in C++ where that can run."""
 
 from __future__ import annotations
 
@@ -42,6 +42,44 @@ def count_unkept(indices: Tensor, bias: Tensor | None, blocks: Tiling) -> Tensor
     kept = torch.zeros(*indices.shape[:3], blocks.num_tiles + 1, device=indices.device)
     kept.scatter_add_(-1, block, torch.ones_like(block, dtype=kept.dtype))
     return (blocks.sizes(indices.device) - kept[..., :-1]).log()
+
+
+def distance_from_block(x: Tensor, blocks: Tiling) -> Tensor:
+    """How far each token of ``x`` ``[B, H, N, D]`` lies from the mean of its block, ``[B, H, N]``.
+
+    Args:
+        x: tokens, prefix tokens first. They lie in no block: theirs is the distance from zero.
+        blocks: blocks of the patch grid, with the number of prefix tokens.
+    """
+    width = x.shape[-1]
+    if cpu.why_not(x) is None and width % 16 == 0 and 16 <= width <= 128 and not cpu.needs_gradients(x):
+        return native_block_distances(x, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
+    prefix, patches = x[:, :, : blocks.num_prefix_tokens], x[:, :, blocks.num_prefix_tokens :]
+    means = blocks.mean_patches(patches)[:, :, blocks.tile_of_patch(x.device)]
+    return torch.cat([prefix, patches - means], dim=2).norm(dim=-1)
+
+
+@torch.library.custom_op("sparsifiner::native_block_distances", mutates_args=(), device_types="cpu")
+def native_block_distances(
+    x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int
+) -> Tensor:
+    """Distances from the block mean, float32 ``[B, H, N]``."""
+    batch, heads, num_tokens, width = x.shape
+    if num_tokens != prefix + rows * columns:
+        raise ValueError(f"x must have {prefix + rows * columns} tokens, got {list(x.shape)}")
+    out = x.new_empty((batch, heads, num_tokens), dtype=torch.float32)
+    x = cpu.readable_rows(x)
+    grid = (prefix, rows, columns, block_rows, block_columns)
+    threads = torch.get_num_threads()
+    cpu._native.block_distances(
+        cpu.rows(x), x.dtype == torch.bfloat16, batch, heads, width, grid, out.data_ptr(), threads
+    )
+    return out
+
+
+@native_block_distances.register_fake
+def _(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int) -> Tensor:
+    return x.new_empty(x.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("sparsifiner::native_pool_blocks", mutates_args=(), device_types="cpu")

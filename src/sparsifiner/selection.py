@@ -59,6 +59,42 @@ def why_not_tile_keys(q: Tensor, group_count: int) -> str | None:
     return cpu.why_not(q)
 
 
+@torch.library.custom_op("sparsifiner::native_group_queries", mutates_args=(), device_types="cpu")
+def native_group_queries(q: Tensor, tile_tokens: Tensor, group_of: Tensor, num_groups: int, steps: int) -> Tensor:
+    """Means of groups of like queries, ``[B, H, T, G, D]``.
+
+    Args:
+        q: queries ``[B, H, N, D]``.
+        tile_tokens: tokens of each tile, int32 ``[T, S]``; -1 where it sticks out, its first token counts again.
+        group_of: group in which each query of a tile starts, int32 ``[S]``.
+        num_groups: number of groups, ``G``.
+        steps: how often queries are regrouped around the means (Lloyd's algorithm).
+    """
+    batch, heads, num_tokens, width = q.shape
+    num_tiles, tile_size = tile_tokens.shape
+    out = _empty_groups(q, tile_tokens, num_groups)
+    q, tile_tokens, group_of = cpu.readable_rows(q), tile_tokens.contiguous(), group_of.contiguous()
+    cpu._native.group_queries(
+        (batch, heads, num_tokens, width, num_tiles, tile_size, num_groups, steps),
+        q.dtype == torch.bfloat16,
+        cpu.rows(q),
+        tile_tokens.data_ptr(),
+        group_of.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@native_group_queries.register_fake
+def _(q: Tensor, tile_tokens: Tensor, group_of: Tensor, num_groups: int, steps: int) -> Tensor:
+    return _empty_groups(q, tile_tokens, num_groups)
+
+
+def _empty_groups(q: Tensor, tile_tokens: Tensor, num_groups: int) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], tile_tokens.shape[0], num_groups, q.shape[3])
+
+
 @torch.library.custom_op("sparsifiner::native_tile_keys", mutates_args=(), device_types="cpu")
 def native_tile_keys(
     pooled: Tensor, k: Tensor, weight: Tensor | None, first: int, count: int, scale: float, sum_probabilities: bool

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..connectivity import Connectivity
-from ..selection import native_tile_keys, why_not_tile_keys
+from ..pooling import distance_from_block
+from ..selection import native_group_queries, native_tile_keys, why_not_tile_keys
 from ..tiling import Tiling
 from .base import Predictor, TileScores
 
@@ -55,10 +56,11 @@ class PooledPredictor(Predictor):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None
     ) -> Connectivity:
-        num_groups = Tiling(tiling.tile, self.group_block(tiling)).num_tiles
-        if attn_bias is not None or why_not_tile_keys(q, num_groups) is not None:
+        blocks = Tiling(tiling.tile, self.group_block(tiling))
+        if attn_bias is not None or why_not_tile_keys(q, blocks.num_tiles) is not None:
             return super().forward(q, k, v, tiling, scale, attn_bias)
-        pooled = self.groups(q, tiling) @ _tile_queries(q, _tile_tokens(tiling, q.device))
+        tokens, group_of = tiling.tokens(q.device), blocks.tile_of_patch(q.device).to(torch.int32)
+        pooled = native_group_queries(q, tokens, group_of, blocks.num_tiles, self.config.query_refine)
         first, count = self.first_candidate(tiling), math.ceil(self.keep_rate * self.num_candidates(tiling))
         by_sum = self.config.reduction == "sum"
         return Connectivity(tiling, native_tile_keys(pooled, k, self.stakes(v, tiling), first, count, scale, by_sum))
@@ -91,12 +93,8 @@ class PooledPredictor(Predictor):
         """Distance of each candidate's value from its tail block's mean, ``[B, H, candidates]``."""
         if self.config.tail is None:
             return None
-        prefix = tiling.num_prefix_tokens
-        blocks = Tiling(tiling.grid, self.config.tail)
-        patches = v[:, :, prefix:]
-        stand_in = blocks.mean_patches(patches)[:, :, blocks.tile_of_patch(v.device)]
-        competing = v[:, :, self.first_candidate(tiling) : prefix]  # prefix tokens have no stand-in
-        return torch.cat([competing, patches - stand_in], dim=2).norm(dim=-1)
+        blocks = Tiling(tiling.grid, self.config.tail, tiling.num_prefix_tokens)
+        return distance_from_block(v, blocks)[:, :, self.first_candidate(tiling) :]
 
 
 def _tile_tokens(tiling: Tiling, device: torch.device) -> Tensor:
