@@ -17,7 +17,7 @@ from sparsifiner.connectivity import pool_tail
 from sparsifiner.ops import choose_backend, why_not
 from sparsifiner.pooling import count_unkept, pool_blocks
 from sparsifiner.predictors import PooledPredictor, build_predictor
-from sparsifiner.selection import native_topk, top_keys
+from sparsifiner.selection import native_group_queries, native_topk, top_keys
 
 pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
 
@@ -307,6 +307,37 @@ def test_pooling(level: str, dtype: torch.dtype, grid: tuple[int, int], block: t
     assert (got.double() - want).abs().max() <= torch.finfo(dtype).eps * 4
     trained = x.clone().requires_grad_()
     assert pool_blocks(trained, blocks).requires_grad
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("grid", "tile", "prefix"), [((16, 16), (4, 4), 1), ((13, 18), (4, 8), 5), ((7, 9), (1, 1), 0)]
+)
+def test_groups_and_stakes_are_those_of_torch(
+    level: str, dtype: torch.dtype, grid: tuple[int, int], tile: tuple[int, int], prefix: int
+) -> None:
+    tiling = Tiling(grid, tile, prefix)
+    q, v = torch.randn(2, 2, 3, tiling.num_tokens, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for keep_prefix in (True, False):
+        predictor = PooledPredictor(SparsifinerConfig(query_tile=tile, tail=(4, 4), keep_prefix=keep_prefix))
+        with cpu.force_level(level), torch.no_grad():
+            stakes = predictor.stakes(v, tiling)
+        torch.testing.assert_close(stakes.double(), predictor.stakes(v.double(), tiling), rtol=1e-5, atol=1e-5)
+    tokens = tiling.tokens(q.device).long()
+    tokens = torch.where(tokens >= 0, tokens, tokens[:, :1])
+    weights = predictor.groups(q.double(), tiling)
+    want = weights @ q.double()[:, :, tokens.flatten()].unflatten(2, tokens.shape)
+    start = Tiling(tile, predictor.group_block(tiling)).tile_of_patch(q.device).to(torch.int32)
+    steps = predictor.config.query_refine if weights.shape[3] < tiling.tile_size else 0
+    with cpu.force_level(level):
+        got = native_group_queries(q, tiling.tokens(q.device), start, weights.shape[3], steps)
+    assert got.shape == want.shape
+    # A query halfway between two centres may join either; all others must agree. In a border tile several groups
+    # can start as copies of the first query, equally near to it.
+    whole = (tiling.tokens(q.device) >= 0).all(-1)
+    agrees = ((got.double() - want).abs() <= 4 * torch.finfo(dtype).eps).all(-1)[:, :, whole]
+    assert agrees.double().mean() > 0.99
 
 
 def test_several_python_threads_at_once() -> None:

@@ -263,6 +263,40 @@ void test_tile_keys(std::mt19937& random, const char* level) {
   expect(best, "tile keys", level);
 }
 
+// Without steps the groups are plain means; with steps every group stays a mean of finite queries.
+void test_tile_groups(std::mt19937& random, const char* level) {
+  const Case c(random, false);
+  sp::TileGroups p;
+  p.batch = c.s.batch;
+  p.heads = c.s.heads;
+  p.tokens = c.s.tokens;
+  p.width = c.s.width;
+  p.tiles = c.s.tiles;
+  p.tile_size = c.s.tile_size;
+  p.groups = 1 + random() % p.tile_size;
+  p.dtype = sp::DType::float32;
+  p.q = c.problem(nullptr).q;
+  p.tile_tokens = c.tile_tokens.data();
+  std::vector<int32_t> start(p.tile_size);
+  for (int64_t i = 0; i < p.tile_size; ++i) start[i] = static_cast<int32_t>(i % p.groups);
+  p.group_of = start.data();
+  std::vector<float> out(p.batch * p.heads * p.tiles * p.groups * p.width);
+  p.out = out.data();
+  for (int64_t steps : {3, 0}) {
+    p.steps = steps;
+    sp::group_queries(p, 2);
+    for (float x : out) expect(std::isfinite(x), "groups are finite", level);
+  }
+  double sum = 0, size = 0;
+  for (int64_t i = 0; i < p.tile_size; i += p.groups, ++size)
+    sum += c.row(0, 0, 0, c.tile_tokens[c.tile_tokens[i] < 0 ? 0 : i])[0];
+  expect(std::fabs(out[0] - sum / size) < 1e-5, "groups start as means", level);
+  const sp::BlockGrid grid{c.s.prefix, 1, c.s.tokens - c.s.prefix, 1, 3};
+  std::vector<float> distance(p.batch * p.heads * c.s.tokens);
+  sp::block_distances(p.q, p.dtype, p.batch, p.heads, p.width, grid, distance.data(), 2);
+  for (float x : distance) expect(x >= 0.0f, "distances are not negative", level);
+}
+
 void test_pooling(std::mt19937& random, const char* level) {
   auto pick = [&](int64_t high) { return std::uniform_int_distribution<int64_t>(1, high)(random); };
   sp::BlockGrid grid{pick(3) - 1, pick(9), pick(9), 1, 1};
@@ -306,6 +340,7 @@ void stress(double seconds) {
         test_attention(random, "stress");
         test_topk(random, "stress");
         test_tile_keys(random, "stress");
+        test_tile_groups(random, "stress");
         test_pooling(random, "stress");
       } while (std::chrono::steady_clock::now() < end);
     });
@@ -324,6 +359,7 @@ int main(int argc, char** argv) {
       test_bad_indices(random, name);
       test_topk(random, name);
       test_tile_keys(random, name);
+      test_tile_groups(random, name);
       test_pooling(random, name);
     }
   }
