@@ -148,7 +148,7 @@ def test_set_input_size(tiny_vit, images) -> None:
         torch.testing.assert_close(sparse(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # timm's own interpolation
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
 def test_beit_window_size(images) -> None:
     model = timm.create_model("beit_base_patch16_224", img_size=80, depth=2, embed_dim=48, num_heads=3).eval()
     for block in model.blocks:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import gather as _gather  # noqa: F401  (its operators must exist before they get a formula)
+from .. import selection as _selection  # noqa: F401  (operators must exist before they get a formula)
+from . import gather as _gather  # noqa: F401
 from . import native as _native  # noqa: F401
 
 _Shape = torch.Size
@@ -52,6 +53,22 @@ def native_attention_flops(*shapes: Any, **kwargs: Any) -> int:
     return gather_attention_flops(*shapes[:9], None, *shapes[9:], **kwargs)
 
 
+def native_group_queries_flops(
+    q: _Shape, tile_tokens: _Shape, group_of: _Shape, num_groups: int, steps: int, *args: Any, **kwargs: Any
+) -> int:
+    """FLOPs of ``sparsifiner::native_group_queries``: a mean, then distances and a mean per step."""
+    batch, heads, _, width = q
+    num_tiles, tile_size = tile_tokens
+    return 2 * batch * heads * num_tiles * tile_size * width * (steps * (num_groups + 1) + 1)
+
+
+def native_tile_keys_flops(
+    pooled: _Shape, k: _Shape, weight: _Shape | None, first: int, *args: Any, **kwargs: Any
+) -> int:
+    """FLOPs of ``sparsifiner::native_tile_keys``: every pooled query times every candidate key."""
+    return 2 * pooled.numel() * (k[2] - first)
+
+
 def gather_attention_backward_flops(grad: _Shape, *shapes: Any, **kwargs: Any) -> int:
     """FLOPs of the backward pass: five products of the forward's size (the weights are computed again)."""
     return gather_attention_flops(*shapes, **kwargs) * 5 // 2
@@ -74,6 +91,8 @@ def register() -> None:
         torch.ops.sparsifiner.gather_attention: gather_attention_flops,
         torch.ops.sparsifiner.gather_attention_backward: gather_attention_backward_flops,
         torch.ops.sparsifiner.native_attention: native_attention_flops,
+        torch.ops.sparsifiner.native_group_queries: native_group_queries_flops,
+        torch.ops.sparsifiner.native_tile_keys: native_tile_keys_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_flash_attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_flash_attention_backward_flops,
     }
