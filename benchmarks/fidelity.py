@@ -28,8 +28,6 @@ SETTINGS = {
     "no tail, keep 0.1": SparsifinerConfig(keep_rate=0.1, tail=None),
     "oracle (attention mass), keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="oracle"),
     "local window, keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="local"),
-    "strided, keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="strided"),
-    "random, keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="random"),
 }
 
 

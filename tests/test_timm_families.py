@@ -1,11 +1,14 @@
 """At keep rate 1 the sparse model is the dense model, on every timm ViT family that can be converted."""
 
+import itertools
+
 import pytest
 import timm
 import torch
 from conftest import lively
 
 from sparsifiner import SparsifinerConfig, conversion, densify, sparsify
+from sparsifiner.config import PREDICTORS
 
 # One model for each combination of attention class, prefix tokens, norms, gates, biases and pooling in timm.
 FAMILIES = [
@@ -77,10 +80,10 @@ def test_keep_rate_one_is_dense(name: str) -> None:
     model, x = small(name)
     with torch.no_grad():
         want = model.forward_features(x)
-        for tail in ((4, 4), None):
-            sparse = sparsify(model, SparsifinerConfig(tail=tail), keep_rate=1.0)
+        for predictor, tail in itertools.product(PREDICTORS, ((4, 4), None)):
+            sparse = sparsify(model, SparsifinerConfig(predictor=predictor, tail=tail), keep_rate=1.0)
             # Float32 round-off through two layers of width 48.
-            assert error(sparse.forward_features(x), want) < 2e-5
+            assert error(sparse.forward_features(x), want) < 2e-5, (predictor, tail)
         reduced = sparsify(model, SparsifinerConfig(tail=None), keep_rate=0.2)
         assert error(reduced.forward_features(x), want) > 1e-4, "attention does not show, so the test proves nothing"
         assert torch.equal(densify(reduced).forward_features(x), want)

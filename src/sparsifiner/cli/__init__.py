@@ -1,4 +1,4 @@
-"""The command line: ``sparsifiner report``."""
+"""The command line: ``sparsifiner report`` and ``sparsifiner info``."""
 
 from .main import main
 

@@ -58,6 +58,7 @@ def build_app() -> Any:
     """The typer application."""
     import typer
 
+    from .info import info
     from .report import report
 
     app = typer.Typer(
@@ -69,6 +70,7 @@ def build_app() -> Any:
     )
     app.callback()(_version)
     app.command()(report)
+    app.command()(info)
     return app
 
 

@@ -1,0 +1,32 @@
+"""``sparsifiner info`` says what runs here and why the rest does not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparsifiner import cpu
+from sparsifiner.cli import main
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_facts_agree_with_the_library(capsys) -> None:
+    facts = json.loads(run(["info", "--json"], capsys))
+    assert facts["native"] == {"level": cpu.level(), "levels": cpu.levels(), "missing": cpu.why_missing()}
+    chosen = {choice["dtype"]: choice["backend"] for choice in facts["choices"] if choice["device"] == "cpu"}
+    assert chosen["float16"] == "gather"
+    assert chosen["float32"] == ("native" if cpu.why_missing() is None else "gather")
+
+
+def test_a_missing_module_is_explained(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "_missing", "there is no compiled module")
+    text = run(["info"], capsys)
+    assert "native kernels: no: there is no compiled module" in text
+    assert "auto, cpu, float32: gather: native cannot run here: there is no compiled module" in text
