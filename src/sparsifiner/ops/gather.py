@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..connectivity import Connectivity, Tail
+from .arguments import empty_output, tensor_arguments
 
 # Gathered keys and values held at once. Measured on a 2-core CPU with 32 MiB of last-level cache:
 # 4 to 16 MiB are equally fast, 64 MiB is 15 % slower because the copies leave the cache.
@@ -30,20 +31,8 @@ def gather_attention(
     scale: float,
 ) -> Tensor:
     """Arguments and result as in ``sparse_attention``."""
-    return _gather_attention(
-        q,
-        k,
-        v,
-        connectivity.tiling.tokens(q.device),
-        connectivity.indices,
-        connectivity.bias,
-        tail.k if tail is not None else None,
-        tail.v if tail is not None else None,
-        tail.bias if tail is not None else None,
-        attn_bias,
-        connectivity.tiling.num_prefix_tokens,
-        scale,
-    )
+    arguments = tensor_arguments(q, k, v, connectivity, tail)
+    return _gather_attention(*arguments, attn_bias, connectivity.tiling.num_prefix_tokens, scale)
 
 
 @torch.library.custom_op("sparsifiner::gather_attention", mutates_args=())
@@ -62,7 +51,7 @@ def _gather_attention(
     scale: float,
 ) -> Tensor:
     num_tokens, width = q.shape[2:]
-    out = _empty_output(q)
+    out = empty_output(q)
     if num_prefix_tokens:
         mask = None if attn_bias is None else attn_bias[:, :, :num_prefix_tokens, :num_tokens]
         prefix = _attend(q[:, :, :num_prefix_tokens], k, v, mask, scale)
@@ -77,12 +66,7 @@ def _gather_attention(
 
 @_gather_attention.register_fake
 def _(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, attn_bias, num_prefix_tokens, scale):  # type: ignore[no-untyped-def]
-    return _empty_output(q)
-
-
-def _empty_output(q: Tensor) -> Tensor:
-    batch, heads, num_tokens, width = q.shape
-    return q.new_empty(batch, num_tokens, heads, width).transpose(1, 2)
+    return empty_output(q)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

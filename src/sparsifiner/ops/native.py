@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import cpu
 from ..connectivity import Connectivity, Tail
-from .gather import _empty_output
+from .arguments import empty_output, tensor_arguments
 
 
 def why_not(q: Tensor, *others: Tensor | None, attn_bias: Tensor | None = None) -> str | None:
@@ -35,19 +35,8 @@ def native_attention(
     scale: float,
 ) -> Tensor:
     """Arguments and result as in ``sparse_attention``; ``attn_bias`` must be None."""
-    return _native_attention(
-        q,
-        k,
-        v,
-        connectivity.tiling.tokens(q.device),
-        connectivity.indices,
-        connectivity.bias,
-        tail.k if tail is not None else None,
-        tail.v if tail is not None else None,
-        tail.bias if tail is not None else None,
-        connectivity.tiling.num_prefix_tokens,
-        scale,
-    )
+    arguments = tensor_arguments(q, k, v, connectivity, tail)
+    return _native_attention(*arguments, connectivity.tiling.num_prefix_tokens, scale)
 
 
 @torch.library.custom_op("sparsifiner::native_attention", mutates_args=(), device_types="cpu")
@@ -67,7 +56,7 @@ def _native_attention(
     batch, heads, num_tokens, width = q.shape
     num_tiles, tile_size = tile_tokens.shape
     num_pooled = 0 if tail_k is None else tail_k.shape[2]
-    out = _empty_output(q)
+    out = empty_output(q)
     q, k, v = cpu.readable_rows(q), cpu.readable_rows(k), cpu.readable_rows(v)
     if tail_k is not None and tail_v is not None:
         tail_k, tail_v = cpu.readable_rows(tail_k), cpu.readable_rows(tail_v)
@@ -94,4 +83,4 @@ def _native_attention(
 
 @_native_attention.register_fake
 def _(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, num_prefix_tokens, scale):  # type: ignore[no-untyped-def]
-    return _empty_output(q)
+    return empty_output(q)
