@@ -123,9 +123,9 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "pool_blocks",
-      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, float factor,
+      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid,
          uintptr_t out, int threads) {
-        sp::pool_blocks(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), factor, pointer<void>(out), threads);
+        sp::pool_blocks(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<void>(out), threads);
       },
       release());
 }

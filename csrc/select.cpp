@@ -72,7 +72,7 @@ void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t
 }
 
 void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
-                 float factor, void* out, int threads) {
+                 void* out, int threads) {
   if (width < 1 || width > 128) throw std::invalid_argument("pooling needs a width from 1 to 128");
   const Kernels& kernel = kernels();
   const std::size_t element = size_of(dtype);
@@ -82,7 +82,7 @@ void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64
     const int64_t top = by * grid.block_rows, bottom = std::min(grid.rows, top + grid.block_rows);
     for (int64_t bx = 0; bx < grid.horizontal(); ++bx) {
       const int64_t left = bx * grid.block_columns, right = std::min(grid.columns, left + grid.block_columns);
-      const float mean = factor / static_cast<float>((bottom - top) * (right - left));
+      const float mean = 1.0f / static_cast<float>((bottom - top) * (right - left));
       for (int64_t head = 0; head < heads; ++head) {
         float sum[128] = {};
         for (int64_t y = top; y < bottom; ++y) {

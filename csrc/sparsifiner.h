@@ -95,8 +95,8 @@ void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t
 void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
                      float* out, int threads);
 
-// out[B, H, P, D] = factor * mean over each block of x.
+// out[B, H, P, D] = mean over each block of x.
 void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
-                 float factor, void* out, int threads);
+                 void* out, int threads);
 
 }  // namespace sparsifiner

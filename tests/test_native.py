@@ -237,6 +237,12 @@ def test_library_contracts() -> None:
     torch.library.opcheck(ops.native_topk, (torch.randn(3, 40), 7), test_utils=checks)
     torch.library.opcheck(ops.native_pool_blocks, (problem.k, 9, 10, 4, 4, 1), test_utils=checks)
     torch.library.opcheck(ops.native_count_unkept, (indices, None, 9, 10, 4, 4, 1), test_utils=checks)
+    torch.library.opcheck(ops.native_block_distances, (problem.v, 9, 10, 4, 4, 1), test_utils=checks)
+    tokens, group_of = problem.connectivity.tiling.tokens(indices.device), torch.arange(16, dtype=torch.int32) // 4
+    torch.library.opcheck(ops.native_group_queries, (problem.q, tokens, group_of, 4, 2), test_utils=checks)
+    pooled = problem.q[:, :, None, :4].expand(-1, -1, 3, -1, -1)
+    weight = torch.rand(*problem.k.shape[:2], problem.k.shape[2] - 1)
+    torch.library.opcheck(ops.native_tile_keys, (pooled, problem.k, weight, 1, 5, 0.25, False), test_utils=checks)
 
 
 def test_flops_are_those_of_gather() -> None:

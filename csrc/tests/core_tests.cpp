@@ -306,7 +306,7 @@ void test_pooling(std::mt19937& random, const char* level) {
   std::vector<float> x(tokens * width), out(grid.blocks() * width);
   std::normal_distribution<float> normal;
   for (float& value : x) value = normal(random);
-  sp::pool_blocks({x.data(), tokens * width, tokens * width, width}, sp::DType::float32, 1, 1, width, grid, 1.0f, out.data(), 2);
+  sp::pool_blocks({x.data(), tokens * width, tokens * width, width}, sp::DType::float32, 1, 1, width, grid, out.data(), 2);
   std::vector<double> sum(out.size());
   std::vector<int> size(grid.blocks());
   std::vector<int32_t> kept;

@@ -97,7 +97,6 @@ def native_pool_blocks(x: Tensor, rows: int, columns: int, block_rows: int, bloc
         heads,
         width,
         (prefix, rows, columns, block_rows, block_columns),
-        1.0,
         out.data_ptr(),
         torch.get_num_threads(),
     )
