@@ -284,15 +284,15 @@ def test_flop_counter_sees_the_operator() -> None:
 
 
 def test_16384_tokens_stay_under_4_gigabytes() -> None:
-    """Prediction, selection, tail and attention of one layer of a ViT-Ti at 2048 px, in a process of its own."""
+    """Prediction, selection, tail and attention of one layer of a ViT-S at 2048 px, in a process of its own."""
     script = """
         import torch
         from sparsifiner import SparsifinerConfig, Tiling, sparse_attention
         from sparsifiner.connectivity import pool_tail
         from sparsifiner.predictors import build_predictor
-        q, k, v = torch.randn(3, 1, 3, 16384, 64).unbind(0)
+        q, k, v = torch.randn(3, 1, 6, 16384, 64).unbind(0)
         tiling = Tiling((128, 128), (4, 4))
-        predictor = build_predictor(SparsifinerConfig(), num_heads=3, head_dim=64, grid=(128, 128), num_prefix_tokens=0)
+        predictor = build_predictor(SparsifinerConfig(), num_heads=6, head_dim=64, grid=(128, 128), num_prefix_tokens=0)
         with torch.inference_mode():
             connectivity = predictor(q, k, v, tiling, 0.125)
             out = sparse_attention(q, k, v, connectivity, tail=pool_tail(k, v, connectivity, (4, 4)), backend="gather")
