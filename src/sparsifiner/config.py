@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .messages import one_line
+
 PredictorName = Literal["pooled", "lowrank", "oracle", "local", "strided", "random"]
 PREDICTORS: tuple[str, ...] = get_args(PredictorName)
 Reduction = Literal["max", "sum"]
@@ -165,7 +167,7 @@ class SparsifinerConfig:
         except OSError as error:
             raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is not valid YAML or JSON: {one_line(error)}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {settings!r}")
         preset = settings.pop("preset", "default")

@@ -72,6 +72,13 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
+def why_not_width(width: int) -> str | None:
+    """Why the kernels cannot take heads of this width, in words, or None if they can."""
+    if width % 16 or not 16 <= width <= 128:
+        return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
+    return None
+
+
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a function of these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -51,8 +51,8 @@ def distance_from_block(x: Tensor, blocks: Tiling) -> Tensor:
         x: tokens, prefix tokens first. They lie in no block: theirs is the distance from zero.
         blocks: blocks of the patch grid, with the number of prefix tokens.
     """
-    width = x.shape[-1]
-    if cpu.why_not(x) is None and width % 16 == 0 and 16 <= width <= 128 and not cpu.needs_gradients(x):
+    reason = cpu.why_not(x) or cpu.why_not_width(x.shape[-1])
+    if reason is None and not cpu.needs_gradients(x):
         return native_block_distances(x, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
     prefix, patches = x[:, :, : blocks.num_prefix_tokens], x[:, :, blocks.num_prefix_tokens :]
     means = blocks.mean_patches(patches)[:, :, blocks.tile_of_patch(x.device)]

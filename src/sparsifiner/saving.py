@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 from .attention import SparseAttention
 from .config import SparsifinerConfig
 from .convert import sparse_layers, sparsify
+from .files import replacing, write_atomically
+from .messages import one_line
 from .predictors import LowRankPredictor
 
 CONFIG_NAME = "sparsifiner.json"
@@ -65,8 +65,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(_without_aliases(state), path))
-    _write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file(_without_aliases(state), temporary)
+    write_atomically(folder / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
 
 
 def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = None) -> nn.Module:
@@ -91,9 +92,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
     try:
         model = timm.create_model(settings["architecture"], pretrained=delta, **saved_args).to(dtype)
     except Exception as error:
-        raise ValueError(
-            f"cannot rebuild {settings['architecture']} for {folder}: {' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"cannot rebuild {settings['architecture']} for {folder}: {one_line(error)}") from error
     if delta and _fingerprint(model.state_dict()) != settings["dense_fingerprint"]:
         raise ValueError(
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
@@ -158,7 +157,7 @@ def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, An
             rebuilt = timm.create_model(architecture, **arguments)
     except Exception as error:
         raise ValueError(
-            f"timm cannot rebuild {architecture} with {arguments} ({' '.join(str(error).split())}); pass model_args"
+            f"timm cannot rebuild {architecture} with {arguments} ({one_line(error)}); pass model_args"
         ) from error
     got = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
     if got != want:
@@ -225,17 +224,6 @@ def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     return result
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

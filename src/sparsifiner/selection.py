@@ -51,12 +51,9 @@ def _(scores: Tensor, count: int) -> Tensor:
 
 def why_not_tile_keys(q: Tensor, group_count: int) -> str | None:
     """Why :func:`native_tile_keys` cannot serve, in words, or None if it can."""
-    width = q.shape[-1]
-    if width % 16 or not 16 <= width <= 128:
-        return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
     if group_count > 256:
         return f"it takes at most 256 pooled queries per tile, not {group_count}"
-    return cpu.why_not(q)
+    return cpu.why_not(q) or cpu.why_not_width(q.shape[-1])
 
 
 @torch.library.custom_op("sparsifiner::native_group_queries", mutates_args=(), device_types="cpu")

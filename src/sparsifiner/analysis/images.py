@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..messages import one_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -141,4 +143,4 @@ def _read(file: Path) -> Image:
 def _reason(error: Exception) -> str:
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

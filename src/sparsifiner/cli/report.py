@@ -48,7 +48,7 @@ def report(
     ] = False,
 ) -> None:
     """Convert a model and print dense beside sparse: fidelity, FLOPs, latency, memory, density and pictures."""
-    from ..analysis.files import check_writable
+    from ..files import check_writable
 
     rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
     if dtype not in DTYPES:

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from ..messages import one_line
 from ..saving import CONFIG_NAME, from_pretrained
 from .builtin import BUILTIN
 
@@ -38,10 +39,6 @@ def load_model(name: str, *, img_size: tuple[int, int] | None = None) -> nn.Modu
     try:
         return timm.create_model(timm_name, pretrained=True, **settings).eval()
     except TypeError as error:
-        raise ValueError(f"{name} cannot be built with {settings}: {_one_line(error)}") from error
+        raise ValueError(f"{name} cannot be built with {settings}: {one_line(error)}") from error
     except Exception as error:  # a download can fail in as many ways as there are transports
-        raise ValueError(f"the weights of {name} cannot be loaded: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error

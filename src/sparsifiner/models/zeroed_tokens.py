@@ -84,7 +84,7 @@ class ZeroedTokensPredictor(LowRankPredictor):
         if self.alive is None:
             return super().select(scores, ranges, tiling)
         dead_key = ~_with_class(self.alive)[:, None, None, :]
-        budget = min(math.ceil(self.keep_rate * tiling.num_tokens), int(self.alive[0].sum()))
+        budget = min(self.num_keep(tiling), int(self.alive[0].sum()))
         alive_scores = torch.cat([scores(start, stop) for start, stop in ranges], dim=2).masked_fill(
             dead_key, float("-inf")
         )

@@ -101,10 +101,9 @@ class _Chunk:
         tail_bias: Tensor | None,
         attn_bias: Tensor | None,
     ) -> None:
-        batch, heads, num_tokens, _ = q.shape
+        self.heads, num_tokens = q.shape[1:3]
         num_tiles = tile_tokens.shape[0]
         flat = torch.arange(start, stop, device=q.device)
-        self.shape = (batch, heads)
         self.row = flat // num_tiles  # which (batch, head)
         tokens = tile_tokens[flat % num_tiles].long()  # [C, S]
         self.inside = tokens >= 0
@@ -126,8 +125,8 @@ class _Chunk:
         self.mask = mask[:, None]
         if attn_bias is not None:
             self.bias_index = (
-                (self.row // heads).clamp(max=attn_bias.shape[0] - 1)[:, None, None],
-                (self.row % heads).clamp(max=attn_bias.shape[1] - 1)[:, None, None],
+                (self.row // self.heads).clamp(max=attn_bias.shape[0] - 1)[:, None, None],
+                (self.row % self.heads).clamp(max=attn_bias.shape[1] - 1)[:, None, None],
                 self.tokens[:, :, None],
                 columns[:, None, :],
             )
@@ -135,9 +134,8 @@ class _Chunk:
 
     def output_rows(self, num_tokens: int) -> Tensor:
         """Rows of ``[B, N, H, D]`` flattened to ``[B * N * H, D]`` that the tile's real queries fill."""
-        _, heads = self.shape
-        image, head = self.row // heads, self.row % heads
-        return ((image[:, None] * num_tokens + self.tokens) * heads + head[:, None])[self.inside]
+        image, head = self.row // self.heads, self.row % self.heads
+        return ((image[:, None] * num_tokens + self.tokens) * self.heads + head[:, None])[self.inside]
 
     def input_rows(self, tokens: Tensor, num_tokens: int) -> Tensor:
         """Rows of ``[B, H, N, D]`` flattened to ``[B * H * N, D]``."""

@@ -12,12 +12,9 @@ from .arguments import empty_output, tensor_arguments
 
 def why_not(q: Tensor, *others: Tensor | None, attn_bias: Tensor | None = None) -> str | None:
     """Why the kernels cannot serve a call with query ``q`` and the tensors ``others``, or None if they can."""
-    reason = cpu.why_not(q)
+    reason = cpu.why_not(q) or cpu.why_not_width(q.shape[-1])
     if reason is not None:
         return reason
-    width = q.shape[-1]
-    if width % 16 or not 16 <= width <= 128:
-        return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
     if attn_bias is not None:
         return "it takes no attn_bias"
     if cpu.needs_gradients(q, *others):

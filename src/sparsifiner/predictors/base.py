@@ -66,8 +66,7 @@ class Predictor(nn.Module):
 
     def select(self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling) -> Connectivity:
         """Keep the ``ceil(keep_rate * candidates)`` best keys of every tile."""
-        num_keep = math.ceil(self.keep_rate * self.num_candidates(tiling))
-        chosen = [top_keys(scores(start, stop), num_keep) for start, stop in ranges]
+        chosen = [top_keys(scores(start, stop), self.num_keep(tiling)) for start, stop in ranges]
         indices = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
         return Connectivity(tiling, self.with_prefix(indices, tiling))
 
@@ -77,6 +76,10 @@ class Predictor(nn.Module):
 
     def num_candidates(self, tiling: Tiling) -> int:
         return tiling.num_tokens - self.first_candidate(tiling)
+
+    def num_keep(self, tiling: Tiling) -> int:
+        """Candidates every tile keeps, ``ceil(keep_rate * candidates)``."""
+        return math.ceil(self.keep_rate * self.num_candidates(tiling))
 
     def with_prefix(self, candidates: Tensor, tiling: Tiling) -> Tensor:
         """Candidate numbers ``[B, H, T, K]`` to token numbers, prefix tokens put first where always kept."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 
 import torch
@@ -53,7 +52,7 @@ class StridedPredictor(_FixedPattern):
 
     def pattern(self, tiles: Tensor, heads: int, tiling: Tiling) -> Tensor:
         competing = tiling.num_prefix_tokens - self.first_candidate(tiling)
-        num_keep = max(0, math.ceil(self.keep_rate * self.num_candidates(tiling)) - competing)
+        num_keep = max(0, self.num_keep(tiling) - competing)
         position = (torch.arange(tiling.num_patches, device=tiles.device) + tiles[:, None]) % tiling.num_patches
         kept = (position + 1) * num_keep // tiling.num_patches > position * num_keep // tiling.num_patches
         return kept.float()[None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +59,7 @@ class PooledPredictor(Predictor):
             return super().forward(q, k, v, tiling, scale, attn_bias)
         tokens, group_of = tiling.tokens(q.device), blocks.tile_of_patch(q.device).to(torch.int32)
         pooled = native_group_queries(q, tokens, group_of, blocks.num_tiles, self.config.query_refine)
-        first, count = self.first_candidate(tiling), math.ceil(self.keep_rate * self.num_candidates(tiling))
+        first, count = self.first_candidate(tiling), self.num_keep(tiling)
         by_sum = self.config.reduction == "sum"
         return Connectivity(tiling, native_tile_keys(pooled, k, self.stakes(v, tiling), first, count, scale, by_sum))
 
