@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparsifiner import SparsifinerConfig, from_pretrained, save_pretrained, sparsify
 from sparsifiner.models import load_model
@@ -57,6 +58,12 @@ def test_only_the_difference_is_saved_where_the_pretrained_weights_are_here(tmp_
     x = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path)(x), sparse(x))
+    weights = load_file(tmp_path / WEIGHTS_NAME)
+    save_file(
+        {name: t for name, t in weights.items() if "blocks.5.attn.predictor" not in name}, tmp_path / WEIGHTS_NAME
+    )
+    with pytest.raises(ValueError, match="0 unexpected and 6 missing tensors, such as blocks.5.attn.predictor"):
+        from_pretrained(tmp_path)
     settings = json.loads((tmp_path / CONFIG_NAME).read_text())
     settings["dense_fingerprint"] = "0" * 64
     (tmp_path / CONFIG_NAME).write_text(json.dumps(settings))

@@ -103,7 +103,9 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
         for layer in sparse_layers(sparse).values():
             layer.reset_predictor(tuple(settings["basis_grid"]))
     result = _load_state_dict(sparse, weights, folder / WEIGHTS_NAME)
-    missing = [name for name in result.missing_keys if not delta and name in sparse.state_dict()]
+    # A delta may lack what the pretrained weights hold, never a predictor.
+    held = _dense_state(sparse) if delta else {}
+    missing = [name for name in result.missing_keys if name not in held]
     if result.unexpected_keys or missing:
         name = (result.unexpected_keys or missing)[0]
         raise ValueError(
