@@ -100,7 +100,9 @@ def test_break_even_measures_the_layer_and_leaves_the_model_alone():
     _, sparse = pair()
     found = break_even(sparse, max_tokens=400, repeats=1)
     assert isinstance(found, BreakEven)
-    assert [point.num_tokens for point in found.points][:2] == [197, 325]
+    measured = [point.num_tokens for point in found.points]
+    assert measured == sorted(measured)
+    assert {197, 325} <= set(measured)  # where sparse wins in between, sizes in between are measured as well
     assert all(point.dense_s > 0 and point.sparse_s > 0 for point in found.points)
     assert sparse.blocks[0].attn.grid.shape == (4, 4)
 
