@@ -56,11 +56,11 @@ def test_sparse_figures_reproduce_lv_vit_s(one_layer_of_deit, keep_rate, publish
     "config",
     [
         None,
-        SparsifinerConfig(keep_rate=0.3, query_tile=(2, 2), tail=(2, 2)),
-        SparsifinerConfig(keep_rate=0.3, query_tile=(3, 2), tail=None, keep_prefix=False),
+        SparsifinerConfig(dense_below=0, keep_rate=0.3, query_tile=(2, 2), tail=(2, 2)),
+        SparsifinerConfig(dense_below=0, keep_rate=0.3, query_tile=(3, 2), tail=None, keep_prefix=False),
         SparsifinerConfig.paper(keep_rate=0.3, n_down=4),
-        SparsifinerConfig(predictor="local", tail=None),
-        SparsifinerConfig(predictor="oracle", query_tile=(4, 4), tail=None),
+        SparsifinerConfig(dense_below=0, predictor="local", tail=None),
+        SparsifinerConfig(dense_below=0, predictor="oracle", query_tile=(4, 4), tail=None),
     ],
     ids=["dense", "pooled", "borders", "paper", "local", "oracle"],
 )
@@ -79,7 +79,9 @@ def test_total_agrees_with_the_counter_of_pytorch(config, batch):
 
 
 def test_the_terms_of_a_layer_are_what_the_formulas_say():
-    config = SparsifinerConfig(keep_rate=0.5, query_tile=(2, 2), query_pool=(2, 2), query_refine=0, tail=(2, 2))
+    config = SparsifinerConfig(
+        dense_below=0, keep_rate=0.5, query_tile=(2, 2), query_pool=(2, 2), query_refine=0, tail=(2, 2)
+    )
     report = count_flops(sparsifiner.sparsify(tiny(), config), torch.zeros(1, 3, 64, 64))
     layer, width = report.layers[0], 192
     assert layer.num_tokens == 17

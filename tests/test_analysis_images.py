@@ -86,7 +86,7 @@ def test_sizes_that_do_not_divide_are_refused_with_near_ones():
 def models():
     torch.manual_seed(0)
     dense = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3, num_classes=0).eval()
-    return dense, sparsifiner.sparsify(dense, SparsifinerConfig(keep_rate=0.25, query_tile=(4, 4)))
+    return dense, sparsifiner.sparsify(dense, SparsifinerConfig(dense_below=0, keep_rate=0.25, query_tile=(4, 4)))
 
 
 def test_maps_are_the_dense_attention_and_the_kept_keys(models):

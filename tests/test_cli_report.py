@@ -39,8 +39,11 @@ def tiny_models(monkeypatch):
 def cli(capsys, tmp_path):
     """Run the command; its exit code, stdout and stderr. It writes to ``tmp_path / "out"``."""
 
-    def call(*arguments, output=True):
+    def call(*arguments, output=True, always_sparse=True):
         where = ["--output", str(tmp_path / "out")] if output else []
+        if always_sparse and "--config" not in arguments:
+            (tmp_path / "sparse.yaml").write_text("dense_below: 0")
+            where += ["--config", str(tmp_path / "sparse.yaml")]
         with pytest.raises(SystemExit) as stop:
             main([*arguments[:1], *where, *map(str, arguments[1:])])
         return stop.value.code, *capsys.readouterr()
@@ -89,12 +92,25 @@ def test_json_is_all_that_stdout_gets_and_holds_every_case(cli, tmp_path):
     assert cases[0]["break_even"]["points"]
 
 
+def test_where_sparse_does_not_pay_the_report_says_that_attention_ran_dense(cli, tmp_path):
+    code, out, err = cli("report", *QUICK, "--num-images", "1", always_sparse=False)
+    assert code == 0, err
+    assert "ran its attention DENSE" in " ".join(out.split())
+    case = json.loads((tmp_path / "out" / "report.json").read_text())["cases"][0]
+    assert case["ran_dense"]
+    assert case["fidelity"]["mean"]["patch_l2"] == 0
+    assert case["break_even"]["points"]  # measured sparse
+    assert case["pictures"] == []
+
+
 def test_a_saved_sparse_model_is_compared_with_its_dense_twin(cli, tmp_path):
     torch.manual_seed(0)
     dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=0).eval()
-    config = SparsifinerConfig(keep_rate=(0.2, 0.4), query_tile=(2, 2), tail=None)
+    config = SparsifinerConfig(dense_below=0, keep_rate=(0.2, 0.4), query_tile=(2, 2), tail=None)
     sparsifiner.save_pretrained(sparsifiner.sparsify(dense, config), tmp_path / "saved")
-    code, out, err = cli("report", "--json", "--model", tmp_path / "saved", *QUICK, "--repeats", "0")
+    code, out, err = cli(
+        "report", "--json", "--model", tmp_path / "saved", *QUICK, "--repeats", "0", always_sparse=False
+    )
     assert code == 0, err
     case = json.loads(out)["cases"][0]
     assert case["keep_rate"] == [0.2, 0.4]

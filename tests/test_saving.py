@@ -23,7 +23,11 @@ def small_timm_model(**changes: object) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     "config",
-    [SparsifinerConfig(), SparsifinerConfig.paper(keep_rate=(0.2, 0.4), n_down=4), SparsifinerConfig(tail=None)],
+    [
+        SparsifinerConfig(dense_below=0),
+        SparsifinerConfig.paper(keep_rate=(0.2, 0.4), n_down=4),
+        SparsifinerConfig(dense_below=0, tail=None),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(config: SparsifinerConfig, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -37,7 +41,7 @@ def test_round_trip(config: SparsifinerConfig, dtype: torch.dtype, tmp_path: Pat
 
 
 def test_a_basis_made_for_another_grid_comes_back(tmp_path: Path) -> None:
-    sparse = sparsify(small_timm_model(), SparsifinerConfig(predictor="lowrank", n_down=4))
+    sparse = sparsify(small_timm_model(), SparsifinerConfig(dense_below=0, predictor="lowrank", n_down=4))
     sparse.set_input_size(img_size=(64, 96))
     save_pretrained(sparse, tmp_path)
     back = from_pretrained(tmp_path)
@@ -50,7 +54,7 @@ def test_a_basis_made_for_another_grid_comes_back(tmp_path: Path) -> None:
 
 def test_only_the_difference_is_saved_where_the_pretrained_weights_are_here(tmp_path: Path) -> None:
     model = timm.create_model("vit_small_patch14_saliency", pretrained=True, img_size=112).eval()
-    sparse = sparsify(model, SparsifinerConfig(predictor="lowrank"))
+    sparse = sparsify(model, SparsifinerConfig(dense_below=0, predictor="lowrank"))
     with torch.no_grad():
         sparse.blocks[3].mlp.fc1.bias.add_(1.0)
     save_pretrained(sparse, tmp_path)
@@ -72,7 +76,7 @@ def test_only_the_difference_is_saved_where_the_pretrained_weights_are_here(tmp_
 
 
 def test_models_that_cannot_be_rebuilt_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    sparse = sparsify(small_timm_model(mlp_ratio=2.0))
+    sparse = sparsify(small_timm_model(mlp_ratio=2.0), SparsifinerConfig(dense_below=0))
     with pytest.raises(ValueError, match="pass the arguments of timm.create_model as model_args"):
         save_pretrained(sparse, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -118,7 +122,7 @@ def test_broken_folders(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse = sparsify(small_timm_model())
+    sparse = sparsify(small_timm_model(), SparsifinerConfig(dense_below=0))
     save_pretrained(sparse, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -81,10 +81,10 @@ def test_keep_rate_one_is_dense(name: str) -> None:
     with torch.no_grad():
         want = model.forward_features(x)
         for predictor, tail in itertools.product(PREDICTORS, ((4, 4), None)):
-            sparse = sparsify(model, SparsifinerConfig(predictor=predictor, tail=tail), keep_rate=1.0)
+            sparse = sparsify(model, SparsifinerConfig(dense_below=0, predictor=predictor, tail=tail), keep_rate=1.0)
             # Float32 round-off through two layers of width 48.
             assert error(sparse.forward_features(x), want) < 2e-5, (predictor, tail)
-        reduced = sparsify(model, SparsifinerConfig(tail=None), keep_rate=0.2)
+        reduced = sparsify(model, SparsifinerConfig(dense_below=0, tail=None), keep_rate=0.2)
         assert error(reduced.forward_features(x), want) > 1e-4, "attention does not show, so the test proves nothing"
         assert torch.equal(densify(reduced).forward_features(x), want)
     swapped, left = conversion(sparse).swapped, conversion(sparse).left
@@ -97,7 +97,9 @@ def test_keep_rate_one_is_dense(name: str) -> None:
 @pytest.mark.parametrize("keep_prefix", [True, False])
 def test_keep_rate_one_is_dense_with_every_predictor(predictor, query_tile, keep_prefix, tiny_vit, images) -> None:
     model, x = tiny_vit(), images(2, 3, 32, 32)
-    config = SparsifinerConfig(predictor=predictor, query_tile=query_tile, keep_prefix=keep_prefix, tail=(3, 3))
+    config = SparsifinerConfig(
+        dense_below=0, predictor=predictor, query_tile=query_tile, keep_prefix=keep_prefix, tail=(3, 3)
+    )
     with torch.no_grad():
         assert error(sparsify(model, config, keep_rate=1.0)(x), model(x)) < 2e-5
 
@@ -122,6 +124,6 @@ def test_attention_dropout_is_refused(tiny_vit) -> None:
 def test_a_partly_convertible_model_warns_and_lists_the_rest(tiny_vit) -> None:
     both = torch.nn.ModuleDict({"vit": tiny_vit(), "other": torch.nn.MultiheadAttention(8, 2)})
     with pytest.warns(UserWarning, match="1 MultiheadAttention left dense: there is no adapter"):
-        sparse = sparsify(both)
+        sparse = sparsify(both, SparsifinerConfig(dense_below=0))
     assert [item.name for item in conversion(sparse).swapped] == ["vit.blocks.0.attn", "vit.blocks.1.attn"]
     assert [item.name for item in conversion(sparse).left] == ["other"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import SparsifinerConfig
 from .connectivity import Connectivity, pool_tail
+from .cost import sparse_pays
 from .grid import PatchGrid
 from .ops import sparse_attention
 from .predictors import Predictor, build_predictor
@@ -98,11 +99,10 @@ class SparseAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         """Predict the connectivity and attend sparsely, ``[B, H, N, D]`` to ``[B, H, N, D]``."""
-        if self.training and self.config.attn_recon:
-            # The reconstruction phase trains the predictor against the undisturbed dense model.
+        tiling = self.tiling(q.shape[2])
+        if self.runs_dense(q, tiling, attn_bias):
             self._observe(q, k, v, None)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=self.scale)
-        tiling = self.tiling(q.shape[2])
         connectivity = self.predictor(q, k, v, tiling, self.scale, attn_bias)
         self._observe(q, k, v, connectivity)
         tail = None
@@ -113,6 +113,19 @@ class SparseAttention(nn.Module):
                 patches = attn_bias[..., tiling.num_prefix_tokens :, None]
                 attn_bias = torch.cat([attn_bias, blocks.mean_patches(patches)[..., 0]], dim=-1)
         return sparse_attention(q, k, v, connectivity, tail=tail, attn_bias=attn_bias, scale=self.scale)
+
+    def runs_dense(self, q: Tensor, tiling: Tiling, attn_bias: Tensor | None = None) -> bool:
+        """Whether attention of queries ``[B, H, N, D]`` runs dense: in the paper's reconstruction phase, which
+        trains the predictor against the undisturbed dense model, and where sparse would be slower
+        (``config.dense_below``)."""
+        if self.training:
+            return self.config.attn_recon
+        if self.config.dense_below is not None:
+            return tiling.num_tokens < self.config.dense_below
+        if q.device.type != "cpu" or self.config.predictor == "oracle":
+            return False
+        score_macs = self.predictor.score_macs(self.num_heads, self.head_width(), tiling)
+        return not sparse_pays(self.config, q, tiling, score_macs, attn_bias)
 
     def tiling(self, num_tokens: int) -> Tiling:
         """The query tiles of the current input, checked against the length of its sequence."""

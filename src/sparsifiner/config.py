@@ -54,6 +54,9 @@ class SparsifinerConfig:
         attn_recon: ``lowrank`` only: the paper's attention-reconstruction phase. In training mode
             attention runs dense and scores use the signed basis and all coefficients.
         seed: ``random`` only: seed of the pattern.
+        dense_below: in evaluation mode, inputs of fewer tokens run attention dense, with the same weights. None: on
+            a CPU, wherever sparse attention is expected to be slower than dense (see ``sparsifiner benchmark``);
+            0: never, for experiments about accuracy. Training and the ``oracle`` are always sparse with None.
 
     Raises:
         ValueError: if a setting is out of range; the message says what was expected.
@@ -78,6 +81,7 @@ class SparsifinerConfig:
     share_basis: bool = False
     attn_recon: bool = False
     seed: int = 0
+    dense_below: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keep_rate, Sequence) and not isinstance(self.keep_rate, str):
@@ -100,8 +104,10 @@ class SparsifinerConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise ValueError("coef_topk and coef_threshold exclude each other; set one of them to None")
-        if not isinstance(self.query_refine, int) or self.query_refine < 0:
-            raise ValueError(f"query_refine must be a whole number of at least 0, got {self.query_refine!r}")
+        for name in ("query_refine", "dense_below"):
+            value = getattr(self, name)
+            if (not isinstance(value, int) or value < 0) and not (name == "dense_below" and value is None):
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
         if isinstance(self.scale, str) and self.scale not in ("head_dim", "num_heads"):
             raise ValueError(f"scale {self.scale!r} is unknown; choose head_dim, num_heads or a number")
         if self.score_threshold is not None and self.predictor != "lowrank":
@@ -117,10 +123,11 @@ class SparsifinerConfig:
         """The paper's method with the published settings (Wei et al., sections 3.2 to 3.4).
 
         Per-token connectivity, no tail, the class token an ordinary key, ``n_down = N // 6``,
-        head width halved, the 8 largest coefficients, basis threshold 0.02 and the authors' scale.
+        head width halved, the 8 largest coefficients, basis threshold 0.02 and the authors' scale. Sparse at
+        every size, since per-token connectivity is there to be studied: it is not faster on a CPU.
         """
         settings: dict[str, Any] = dict(
-            predictor="lowrank", query_tile=(1, 1), tail=None, keep_prefix=False, scale="num_heads"
+            predictor="lowrank", query_tile=(1, 1), tail=None, keep_prefix=False, scale="num_heads", dense_below=0
         )
         return cls(keep_rate=keep_rate, **{**settings, **changes})
 

@@ -18,7 +18,8 @@ class LayerRecord:
     """What one layer did in the last forward pass.
 
     Args:
-        connectivity: the kept keys; None while the layer ran dense (the reconstruction phase).
+        connectivity: the kept keys; None where the layer ran dense (the reconstruction phase, or a
+            size at which sparse attention does not pay; see ``SparsifinerConfig.dense_below``).
         q: queries ``[B, H, N, D]`` as attention used them, or None unless tensors were asked for.
         k: keys, likewise.
         v: values, likewise.

@@ -199,6 +199,7 @@ def break_even(
         ValueError: if no layer of ``sparse`` is sparse.
     """
     layer = copy.deepcopy(next(iter(sparse_layers(sparse).values()))).eval()
+    layer.configure(layer.config.replace(dense_below=0))
     side, start, sides = 14, time.perf_counter(), []
     while side**2 <= max_tokens:
         sides.append(side)

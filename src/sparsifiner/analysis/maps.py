@@ -76,7 +76,7 @@ def attention_maps(
         layers: numbers of sparse layers from 0; the first, the middle and the last if None.
 
     Raises:
-        ValueError: if ``x`` holds more than one image, or a query lies outside the grid.
+        ValueError: if ``x`` holds more than one image, a query lies outside the grid, or attention ran dense.
     """
     if x.ndim != 4 or x.shape[0] != 1:
         raise ValueError(f"x must hold one image, [1, 3, height, width], got {list(x.shape)}")
@@ -91,6 +91,8 @@ def attention_maps(
 
     with torch.no_grad(), _observing(sparse, wanted, keep):
         sparse(x)
+    if kept.keys() != wanted.keys():
+        raise ValueError("attention ran dense at this size, so no keys were chosen; set dense_below=0 to see them")
     tiling = next(iter(kept.values())).tiling
     rows, columns = tiling.grid
     if queries is None:

@@ -80,8 +80,19 @@ class Case:
         return f"keep {sum(self.keep_rate) / len(self.keep_rate):.3g} (mean)"
 
     @property
+    def ran_dense(self) -> bool:
+        """Whether every layer of the sparse model ran its attention dense, because sparse would not pay."""
+        return not any(layer.sparse for layer in self.flops_sparse.layers)
+
+    @property
     def verdict(self) -> str:
         """One or two plain sentences: is sparse faster here, and if not, from where."""
+        if self.ran_dense:
+            times = "" if self.latency is None else f" ({self.latency.speedup:.2f}x)"
+            return (
+                f"At {self.size_label} and {self.rate_label} the sparse model ran its attention DENSE, because sparse "
+                f"attention would not be faster there: same output, same speed{times}.{self._pays_from()}"
+            )
         if self.latency is None:
             return f"At {self.size_label} and {self.rate_label} latency was not measured."
         dense, sparse = self.latency.dense_median, self.latency.sparse_median
@@ -126,6 +137,7 @@ class Case:
             "flops": {"dense": self.flops_dense.to_dict(), "sparse": self.flops_sparse.to_dict()},
             **{name: value.to_dict() if (value := getattr(self, name)) is not None else None for name in optional},
             "pictures": self.pictures,
+            "ran_dense": self.ran_dense,
             "verdict": self.verdict,
         }
 

@@ -155,7 +155,9 @@ def _measure_size(
                 )
                 tell(f"{stage}: break-even", settings.max_tokens, settings.max_tokens)
         memory_sparse = _memory(settings, sparse, x, "sparse", found, tell, stage)
-        pictures = _draw(settings, photos, dense, sparse, size, image, stage, found, tell)
+        pictures = []
+        if any(layer.sparse for layer in flops_sparse.layers):
+            pictures = _draw(settings, photos, dense, sparse, size, image, stage, found, tell)
         layer = next(iter(sparse_layers(sparse).values()))
         found.cases.append(
             Case(

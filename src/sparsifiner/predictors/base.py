@@ -45,6 +45,10 @@ class Predictor(nn.Module):
     ) -> tuple[TileScores, int]:
         """A function that scores a range of tiles, and the bytes it needs per tile."""
 
+    @abstractmethod
+    def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
+        """Multiply-adds of scoring every candidate key of one image, an estimate made before anything runs."""
+
     @torch.no_grad()
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None

@@ -31,6 +31,9 @@ class _FixedPattern(Predictor):
 
         return scores, 8 * batch * heads * tiling.num_tokens
 
+    def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
+        return 0
+
 
 class LocalPredictor(_FixedPattern):
     """The nearest keys around the tile's centre, by Euclidean distance on the patch grid."""

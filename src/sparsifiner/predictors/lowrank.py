@@ -106,6 +106,13 @@ class LowRankPredictor(Predictor):
         batch, heads, num_tokens, _ = q.shape
         return lambda start, stop: coef[:, :, start:stop] @ basis, batch * heads * num_tokens * q.element_size()
 
+    def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
+        width, n_down = self.q_proj.out_features, self.w_down.shape[1]
+        per_token = 2 * head_dim * width + 2 * width * n_down
+        return num_heads * n_down * tiling.num_tiles * self.num_candidates(tiling) + (
+            num_heads * tiling.num_tokens * per_token
+        )
+
     def select(self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling) -> Connectivity:
         """The top ``keep_rate``, or every key above ``score_threshold``, padded to the longest list."""
         threshold = self.config.score_threshold

@@ -31,3 +31,6 @@ class OraclePredictor(Predictor):
 
         batch, heads, num_tokens, _ = q.shape
         return scores, 2 * batch * heads * num_tokens * tiling.tile_size * dtype.itemsize
+
+    def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
+        return num_heads * head_dim * tiling.num_patches * tiling.num_tokens

@@ -50,6 +50,10 @@ class PooledPredictor(Predictor):
         rows_per_tile = 2 * groups.shape[3] + (0 if attn_bias is None else tiling.tile_size)
         return scores, batch * heads * num_tokens * rows_per_tile * q.element_size()
 
+    def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
+        groups = Tiling(tiling.tile, self.group_block(tiling)).num_tiles
+        return num_heads * head_dim * tiling.num_tiles * groups * self.num_candidates(tiling)
+
     @torch.no_grad()
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None

@@ -1,0 +1,95 @@
+"""Whether sparse attention is expected to be faster than dense attention on this CPU, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .config import SparsifinerConfig
+from .tiling import Tiling
+
+# Sparse must be predicted to take less than this share of dense: the model of the cost is about 15 % off.
+MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the native kernels cost, in units of a multiply-add of dense ``scaled_dot_product_attention``.
+
+    Fitted by ``benchmarks/break_even.py`` to interleaved measurements on 2 cores with AVX-512 and bfloat16
+    products; ratios of one CPU to itself, which carry over better than times.
+
+    Args:
+        attend: a multiply-add of the sparse operator.
+        score: a multiply-add of the prediction, selection included.
+        element: an element of q: pooling, grouping of queries, log-counts.
+        call: everything that does not depend on the size, per layer.
+    """
+
+    attend: float
+    score: float
+    element: float
+    call: float
+
+
+_COSTS = {
+    torch.float32: Costs(attend=0.79, score=1.74, element=420.0, call=17e6),
+    torch.bfloat16: Costs(attend=0.35, score=0.97, element=340.0, call=11e6),
+}
+
+
+def sparse_pays(
+    config: SparsifinerConfig, q: Tensor, tiling: Tiling, score_macs: int, attn_bias: Tensor | None = None
+) -> bool:
+    """Whether a sparse layer is expected to beat dense attention for queries like ``q`` on this CPU.
+
+    The answer depends on shapes, dtype and settings only, never on the clock, so that a model's output does not
+    depend on how busy a machine is. Without the native kernels sparse attention on a CPU is never faster.
+
+    Args:
+        config: settings of the layer.
+        q: queries ``[B, H, N, D]`` on a CPU.
+        tiling: query tiles of this input.
+        score_macs: multiply-adds of the predictor for one image.
+        attn_bias: as in ``sparse_attention``; the native kernels take none.
+    """
+    batch, heads, _, width = q.shape
+    if attn_bias is not None or cpu.why_not(q) is not None or cpu.why_not_width(width) is not None:
+        return False
+    return predicted_share(config, q.dtype, batch, heads, width, tiling, score_macs) < MARGIN
+
+
+def predicted_share(
+    config: SparsifinerConfig,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    width: int,
+    tiling: Tiling,
+    score_macs: int,
+) -> float:
+    """Predicted time of a sparse layer's attention over that of dense attention.
+
+    Args:
+        config: settings of the layer.
+        dtype: float32 or bfloat16.
+        batch: images.
+        heads: heads of the layer.
+        width: width of a head.
+        tiling: query tiles of the input.
+        score_macs: multiply-adds of the predictor for one image.
+    """
+    assert isinstance(config.keep_rate, float)
+    costs = _COSTS[dtype]
+    keys = math.ceil(config.keep_rate * tiling.num_patches) + tiling.num_prefix_tokens
+    if config.tail is not None:
+        keys += Tiling(tiling.grid, config.tail).num_tiles
+    lanes = math.ceil(tiling.tile_size / 16) * 16  # queries lie in the lanes of vectors of 16
+    attend_macs = 2 * heads * width * tiling.num_tiles * lanes * keys
+    elements = heads * width * tiling.num_tokens
+    sparse = batch * (costs.attend * attend_macs + costs.score * score_macs + costs.element * elements) + costs.call
+    return sparse / (2 * batch * heads * width * tiling.num_tokens**2)

@@ -1,0 +1,83 @@
+"""Where sparse attention does not pay, a sparse layer runs dense; the rule knows shapes only."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsifiner
+from sparsifiner import SparsifinerConfig, Tiling, cpu, record
+from sparsifiner.analysis.flops import count_flops
+from sparsifiner.cost import predicted_share, sparse_pays
+from sparsifiner.predictors import build_predictor
+
+
+def share(config: SparsifinerConfig, side: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> float:
+    tiling = Tiling((side, side), config.query_tile, 1)
+    predictor = build_predictor(config, num_heads=6, head_dim=64, grid=tiling.grid, num_prefix_tokens=1)
+    return predicted_share(config, dtype, batch, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
+
+
+@given(side=st.integers(8, 120), keep_rate=st.sampled_from([0.02, 0.1, 0.5]), batch=st.sampled_from([1, 8]))
+def test_more_tokens_and_fewer_keys_favour_sparse(side: int, keep_rate: float, batch: int) -> None:
+    config = SparsifinerConfig(keep_rate=keep_rate)
+    assert share(config, side + 4, batch) < share(config, side, batch)
+    assert share(config.replace(keep_rate=keep_rate * 2), side, batch) > share(config, side, batch)
+
+
+def test_the_anchors_that_were_measured() -> None:
+    """``benchmarks/break_even.py``: 224 px does not pay, 512 px at keep 0.1 does, the paper's tiles never do."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert share(SparsifinerConfig(keep_rate=0.1), 14, dtype=dtype) > 1
+        assert share(SparsifinerConfig(keep_rate=0.1), 32, dtype=dtype) < 0.8
+    assert share(SparsifinerConfig.paper(keep_rate=0.25), 64) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_without_kernels_sparse_never_pays(dtype: torch.dtype) -> None:
+    q, tiling = torch.empty(1, 6, 129**2 - 128 * 2, 64, dtype=dtype), Tiling((127, 129), (4, 4), 2)
+    assert not sparse_pays(SparsifinerConfig(keep_rate=0.02), q, tiling, score_macs=0)
+
+
+@pytest.mark.skipif(cpu.why_missing() is not None, reason="the native kernels are not built")
+def test_a_layer_runs_dense_where_sparse_does_not_pay(tiny_vit, images) -> None:
+    model, x = tiny_vit(img_size=32, dynamic_img_size=True).eval(), images(1, 3, 32, 32)
+    wide = images(1, 3, 256, 256)
+    sparse = sparsifiner.sparsify(model, keep_rate=0.05)
+    with torch.no_grad():
+        with record(sparse) as seen:
+            assert torch.equal(sparse(x), model(x))
+        assert all(item.connectivity is None for item in seen.values())
+        with record(sparse) as seen:
+            assert not torch.equal(sparse(wide), model(wide))
+        assert all(item.connectivity is not None for item in seen.values())
+
+
+def test_the_threshold_can_be_set(tiny_vit, images) -> None:
+    model, x = tiny_vit().eval(), images(1, 3, 32, 32)  # 65 tokens
+    with torch.no_grad():
+        want = model(x)
+        for dense_below, dense in ((0, False), (65, False), (66, True)):
+            config = SparsifinerConfig(keep_rate=0.2, dense_below=dense_below)
+            assert torch.equal(sparsifiner.sparsify(model, config)(x), want) == dense
+
+
+def test_training_and_the_oracle_stay_sparse(tiny_vit, images) -> None:
+    x = images(1, 3, 32, 32)
+    training = sparsifiner.sparsify(tiny_vit(), keep_rate=0.2).train()
+    oracle = sparsifiner.sparsify(tiny_vit().eval(), SparsifinerConfig(predictor="oracle", keep_rate=0.2))
+    for model in (training, oracle):
+        with torch.no_grad(), record(model) as seen:
+            model(x)
+        assert all(item.connectivity is not None for item in seen.values())
+
+
+@pytest.mark.parametrize("predictor", ["pooled", "lowrank", "oracle", "local"])
+def test_the_estimated_work_of_a_predictor_is_what_it_does(predictor: str, tiny_vit, images) -> None:
+    """Averaging and regrouping queries are left out of the estimate: the kernels' cost per element covers them."""
+    config = SparsifinerConfig(predictor=predictor, dense_below=0, query_refine=0, n_down=8)
+    sparse, x = sparsifiner.sparsify(tiny_vit().eval(), config), images(1, 3, 32, 32)
+    attention = sparse.blocks[0].attn
+    counted = count_flops(sparse, x).layers[0].predictor
+    estimate = attention.predictor.score_macs(attention.num_heads, attention.head_width(), attention.tiling(65))
+    assert estimate == pytest.approx(sum(counted.values()), rel=0.4, abs=0)
