@@ -1,8 +1,9 @@
 """What sparsity gains and costs: FLOPs, fidelity, latency, memory, pictures and the report."""
 
+from .crossover import BreakEven, break_even
 from .fidelity import Fidelity, ImageFidelity, measure_fidelity
 from .flops import FlopReport, LayerFlops, count_flops
-from .latency import BreakEven, Timings, break_even, compare_latency, interleave
+from .latency import Timings, compare_latency, interleave
 from .memory import PeakMemory, measure_memory
 
 __all__ = [

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..files import check_writable, write_atomically
-from .latency import BreakEven
+from .crossover import BreakEven
 from .report import Report, seconds
 from .rows import layer_rows, macs, macs_share, table_rows
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from .crossover import BreakEven
 from .fidelity import Fidelity
 from .flops import FlopReport
-from .latency import BreakEven, Timings
+from .latency import Timings
 from .memory import PeakMemory
 
 FORMAT = 1

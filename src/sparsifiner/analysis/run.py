@@ -14,10 +14,11 @@ from ..config import SparsifinerConfig
 from ..convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
 from ..models import load_model
 from ..tiling import Tiling
+from .crossover import BreakEven, break_even
 from .fidelity import measure_fidelity
 from .flops import FlopReport, count_flops
 from .images import Photos, check_size, crop, preprocess
-from .latency import BreakEven, break_even, compare_latency
+from .latency import compare_latency
 from .maps import attention_maps
 from .memory import PeakMemory, measure_memory
 from .pictures import draw_maps

@@ -58,6 +58,7 @@ def build_app() -> Any:
     """The typer application."""
     import typer
 
+    from .benchmark import benchmark
     from .info import info
     from .report import report
 
@@ -70,6 +71,7 @@ def build_app() -> Any:
     )
     app.callback()(_version)
     app.command()(report)
+    app.command()(benchmark)
     app.command()(info)
     return app
 

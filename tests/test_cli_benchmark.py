@@ -1,0 +1,77 @@
+"""``sparsifiner benchmark`` measures what it names, beside dense attention."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparsifiner import SparsifinerConfig
+from sparsifiner.analysis.benchmark import Measured, measure_operator
+from sparsifiner.cli import main
+
+QUICK = ["--img-size", "112", "--tokens", "144", "--keep-rate", "0.25", "--repeats", "1", "--max-tokens", "256"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", *arguments])
+    return stop.value.code, *capsys.readouterr()
+
+
+def test_json_holds_the_operator_the_model_and_where_sparse_pays(capsys) -> None:
+    code, out, err = run(capsys, "--json", "--dtype", "bfloat16", "--batch", "2", *QUICK)
+    assert code == 0, err
+    facts = json.loads(out)
+    titles = [item["title"] for item in facts["measured"]]
+    assert len(titles) == 3
+    assert [item["settings"]["dtype"] for item in facts["measured"]] == ["float32", "bfloat16", "bfloat16"]
+    assert set(facts["measured"][0]["median_s"]) == {
+        "dense",
+        "operator",
+        "predict and select",
+        "pool the tail",
+        "layer",
+    }
+    assert set(facts["measured"][2]["median_s"]) == {"dense", "sparse"}
+    assert facts["measured"][2]["settings"]["batch"] == 2
+    assert facts["break_even"]["bfloat16, keep 0.25"]["points"]
+
+
+def test_the_table_names_every_part(capsys) -> None:
+    code, out, err = run(capsys, "--dtype", "float32", *QUICK)
+    assert code == 0, err
+    for words in ("operator", "predict and select", "layer", "sparse", "against dense", "float32, keep 0.25"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "many"], "whole numbers of at least 64"),
+        (["--dtype", "int8"], "choose float32"),
+        (["--img-size", "100"], "multiple"),
+        (["--model", "vit_smal_patch16_224"], "did you mean"),
+        (["--keep-rate", "2"], "keep rate"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_ratios_are_medians_of_the_reference_over_medians() -> None:
+    measured = Measured("t", {}, {"dense": [2.0, 4.0, 9.0], "sparse": [1.0, 2.0, 2.0]}, "dense")
+    assert measured.speedup("sparse") == 2.0
+    assert measured.to_dict()["speedup"] == {"dense": 1.0, "sparse": 2.0}
+
+
+def test_the_parts_of_a_layer_without_a_tail() -> None:
+    config = SparsifinerConfig(keep_rate=0.3, tail=None, query_tile=(2, 2), dense_below=0)
+    found = measure_operator((8, 10), config, heads=2, head_dim=32, repeats=2)
+    assert [item.settings["num_tokens"] for item in found] == [81, 81]
+    assert all(len(values) == 2 for item in found for values in item.seconds.values())
+    assert "pool the tail" not in found[0].seconds
