@@ -13,11 +13,14 @@ namespace sparsifiner {
 
 enum class DType { float32, bfloat16 };
 
-// Instruction sets, in rising order.
-enum class Level { portable, avx2, avx512, avx512bf16 };
+// Instruction sets, in rising order. `amx_emulated` follows `amx` tile by tile in plain C++, for tests: it is
+// never chosen by itself nor listed, only forced.
+enum class Level { portable, avx2, avx512, avx512bf16, amx, amx_emulated };
 
 const char* level_name(Level level);
-std::vector<Level> available_levels();  // compiled in and supported by this CPU, best last
+std::vector<Level> all_levels();        // but the emulated one
+std::string why_not(Level level);       // why it cannot run here, or ""
+std::vector<Level> available_levels();  // those that can run here, best last
 Level active_level();
 void force_level(const std::string& name);  // "" returns to the best one; throws if it is not available
 
