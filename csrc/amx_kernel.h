@@ -76,9 +76,8 @@ inline void multiply_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* 
 
 // Copies a row of bfloat16 and pads it with zeros to whole tiles.
 inline void copy_padded(const void* from, int width, uint32_t* to) {
-  const int words = width / 2, padded = tile_words(width);
-  copy(static_cast<const uint32_t*>(from), to, words);
-  for (int w = words; w < padded; ++w) to[w] = 0;
+  copy(static_cast<const uint32_t*>(from), to, width / 2);
+  for (int w = width / 2; w < tile_words(width); ++w) to[w] = 0;
 }
 
 inline void prefetch_row(const void* row, int width) {
@@ -176,9 +175,9 @@ inline std::size_t attend_scratch_in_tiles(const TileTask& t) {
 
 // keys[tile_words(width)][key_block]: whole tiles of the right factor; words beyond the width hold zeros.
 template <class V>
-inline void pack_keys_in_tiles(const void* const* rows, int count, int width, void* packed) {
+inline void pack_keys_in_tiles(const void* const* rows, DType dtype, int count, int width, void* packed) {
   constexpr int block = kKeyBlock<V>;
-  pack_keys_as<V, Mode::dot>(rows, count, width, packed);
+  pack_key_pairs<V>(rows, dtype, count, width, packed);
   uint32_t* words = static_cast<uint32_t*>(packed);
   for (int i = width / 2 * block; i < tile_words(width) * block; ++i) words[i] = 0;
 }
@@ -197,7 +196,9 @@ inline bool score_in_tiles(const ScoreTask& t, void* memory) {
   ScoreBuffers b;
   score_layout<V>(t, kTileSide, static_cast<char*>(memory), &b);
   const int queries = t.tiles * t.members, padded = round_to_tile(queries), words = tile_words(t.width);
-  for (int j = 0; j < padded; ++j) copy_padded(t.q[j < queries ? j : queries - 1], t.width, b.rows + j * words);
+  uint32_t rounded[64];
+  for (int j = 0; j < padded; ++j)
+    copy_padded(row_of_pairs(t.q[j < queries ? j : queries - 1], t.dtype, t.width, rounded), t.width, b.rows + j * words);
   const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
   {
     const TileScope<Tiles> scope;

@@ -19,24 +19,14 @@ void attend(const TileTask& task, void* memory) {
     attend_tile<Avx512Bf16, Mode::dot>(task, memory);
 }
 
-int key_words(DType dtype, int width) { return dtype == DType::bfloat16 ? width / 2 : width; }
+int key_words(DType, int width) { return width / 2; }
 
-void pack_keys(const void* const* rows, DType dtype, int count, int width, void* packed) {
-  if (dtype == DType::float32)
-    pack_keys_as<Avx512, Mode::plain>(rows, count, width, packed);
-  else
-    pack_keys_as<Avx512Bf16, Mode::dot>(rows, count, width, packed);
-}
-
-bool score(const ScoreTask& task, void* memory) {
-  if (task.dtype == DType::float32) return score_tiles<Avx512, Mode::plain, Avx512Compressor>(task, memory);
-  return score_tiles<Avx512Bf16, Mode::dot, Avx512Compressor>(task, memory);
-}
+bool score(const ScoreTask& task, void* memory) { return score_tiles<Avx512Bf16, Mode::dot, Avx512Compressor>(task, memory); }
 }  // namespace
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_keys, score_scratch<Avx512>, score, group_tile, distances,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_key_pairs<Avx512Bf16>, score_scratch<Avx512>, score, group_tile, distances,
 };
 
 }  // namespace sparsifiner

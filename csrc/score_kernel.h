@@ -2,7 +2,9 @@
 // best keys selected, all while the scores are in the cache. Included by the level_*.cpp files inside their
 // anonymous namespace, after attend_kernel.h and topk_kernel.h.
 //
-// Here the keys lie in the lanes: they are transposed once per head, in blocks of `key_block` keys.
+// Here the keys lie in the lanes: they are transposed once per head, in blocks of `key_block` keys. Where the
+// instruction set has products of bfloat16, float32 keys and queries are rounded to it: only the order of the
+// scores counts.
 
 template <class V>
 constexpr int kKeyBlock = V::vectors * V::lanes;
@@ -18,6 +20,22 @@ inline void pack_keys_as(const void* const* rows, int count, int width, void* pa
   b.q = static_cast<uint32_t*>(packed);
   b.row = row;
   transpose_queries<V, mode, V::vectors>(task, 0, count, b);
+}
+
+// A row as pairs of bfloat16: itself, or rounded into `room`.
+inline const uint32_t* row_of_pairs(const void* row, DType dtype, int width, uint32_t* room) {
+  if (dtype == DType::bfloat16) return static_cast<const uint32_t*>(row);
+  narrow(static_cast<const float*>(row), reinterpret_cast<uint16_t*>(room), width);
+  return room;
+}
+
+// The same as pairs of bfloat16, [width / 2][key_block], from either type.
+template <class V>
+inline void pack_key_pairs(const void* const* rows, DType dtype, int count, int width, void* packed) {
+  uint32_t rounded[kKeyBlock<V>][64];
+  const void* pairs[kKeyBlock<V>];
+  for (int i = 0; i < count; ++i) pairs[i] = row_of_pairs(rows[i], dtype, width, rounded[i]);
+  pack_keys_as<V, Mode::dot>(pairs, count, width, packed);
 }
 
 inline int64_t score_columns(const ScoreTask& t, int block) { return (t.candidates + block - 1) / block * block; }
@@ -125,11 +143,14 @@ inline bool score_tiles(const ScoreTask& t, void* memory) {
   const float bias[NK] = {};
   for (int j = 0; j < padded; ++j) {
     const int query = j < queries ? j : queries - 1;
-    rows[j] = static_cast<const uint32_t*>(t.q[query]);
-    if constexpr (mode == Mode::convert) {
-      uint32_t* to = b.rows + static_cast<int64_t>(query) * t.width;
-      widen(static_cast<const uint16_t*>(t.q[query]), to, t.width);
-      rows[j] = to;
+    uint32_t* room = b.rows + static_cast<int64_t>(query) * t.width;
+    if constexpr (mode == Mode::dot) {
+      rows[j] = row_of_pairs(t.q[query], t.dtype, t.width, room);
+    } else if constexpr (mode == Mode::convert) {
+      widen(static_cast<const uint16_t*>(t.q[query]), room, t.width);
+      rows[j] = room;
+    } else {
+      rows[j] = static_cast<const uint32_t*>(t.q[query]);
     }
   }
   const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);

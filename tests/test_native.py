@@ -17,11 +17,13 @@ from sparsifiner.connectivity import pool_tail
 from sparsifiner.ops import choose_backend, why_not
 from sparsifiner.pooling import count_unkept, pool_blocks
 from sparsifiner.predictors import PooledPredictor, build_predictor
-from sparsifiner.selection import native_group_queries, native_topk, top_keys
+from sparsifiner.selection import native_group_queries, native_tile_keys, native_topk, top_keys
 
 pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
 
 LEVELS = [*cpu.levels(), "amx_emulated"]
+ROUNDING_LEVELS = [level for level in LEVELS if level in ("avx512bf16", "amx", "amx_emulated")]
+"""Those whose scores come from products of bfloat16."""
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -121,18 +123,41 @@ def test_attention_stays_within_its_error_budget(level: str, problem: Problem) -
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("size", [1e4, 1e-40])
-def test_extreme_logits(level: str, size: float) -> None:
-    problem = make(size=size)
+@settings(max_examples=30, deadline=None)
+@given(problem=problems, seed=st.integers(0, 2**20))
+def test_extreme_logits(level: str, problem: Problem, seed: int) -> None:
+    """Logits and biases of plus and minus 1e4: whole numbers, so that the products and their sums are exact."""
+    g = torch.Generator().manual_seed(seed)
+    width, bias = problem.q.shape[-1], problem.connectivity.bias
+    for x in (problem.q, problem.k):
+        x.copy_(torch.randint(-1, 2, x.shape, generator=g))
+    problem.scale = 1e4 / (width // 2)
+    if bias is not None:
+        bias.copy_(torch.where(bias > 0.5, 1e4, torch.where(bias < -0.5, bias.sign() * torch.inf, bias.sign() * 1e4)))
+    problem.tail = None
     with cpu.force_level(level):
         got = problem.run("native")
-    assert got.isfinite().all()
+    # The scale and the bias are rounded twice each, as is the logit itself when the maximum is taken off.
+    eps, half = torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps
+    relative = 2 * eps * 6e4 + (2 * half if problem.q.dtype == torch.bfloat16 else 0)
+    assert (got.double() - problem.exact()).abs().max() <= relative * problem.v.abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=15, deadline=None)
+@given(problem=problems, names=st.sets(st.sampled_from("qkv"), min_size=1))
+def test_denormals(level: str, problem: Problem, names: set[str]) -> None:
+    for name in names:
+        getattr(problem, name).mul_(1e-40)
+    with cpu.force_level(level):
+        got = problem.run("native")
     assert (got.double() - problem.exact()).abs().max() <= problem.budget()
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_bfloat16_is_as_good_as_torch_sdpa(level: str) -> None:
-    problem = make(grid=(16, 16), keys=257, block=None, width=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("side", "width"), [(16, 64), (7, 128), (24, 48)])
+def test_bfloat16_is_as_good_as_torch_sdpa(level: str, side: int, width: int) -> None:
+    problem = make(grid=(side, side), keys=1000, block=None, width=width, dtype=torch.bfloat16)
     exact = problem.exact()
     sdpa = torch.nn.functional.scaled_dot_product_attention(problem.q, problem.k, problem.v)
     with cpu.force_level(level):
@@ -141,8 +166,9 @@ def test_bfloat16_is_as_good_as_torch_sdpa(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_not_a_number_is_passed_on(level: str) -> None:
-    problem = make(block=None, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_a_number_is_passed_on(level: str, dtype: torch.dtype) -> None:
+    problem = make(block=None, dtype=dtype)
     problem.q[0, 0, 1, 0] = float("nan")
     with cpu.force_level(level):
         got = problem.run("native")
@@ -167,11 +193,12 @@ def test_any_strides(layout: str, dtype: torch.dtype) -> None:
     assert torch.equal(problem.run("native"), want)
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("index", [-1, 91, 2**31 - 1, -(2**31)])
-def test_bad_indices_are_caught(index: int) -> None:
+def test_bad_indices_are_caught(level: str, index: int) -> None:
     problem = make()
     problem.connectivity.indices[0, 1, 2, 3] = index
-    with pytest.raises(IndexError, match=r"connectivity.indices must lie in \[0, 91\)"):
+    with cpu.force_level(level), pytest.raises(IndexError, match=r"connectivity.indices must lie in \[0, 91\)"):
         problem.run("native")
     blocks = Tiling((9, 10), (4, 4), 1)
     with pytest.raises(IndexError, match="connectivity.indices must lie in"):
@@ -365,18 +392,64 @@ def test_several_python_threads_at_once() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("level", ROUNDING_LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(
+    width=st.sampled_from([16, 48, 64, 128]),
+    num_tokens=st.integers(2, 200),
+    tiles=st.integers(1, 20),
+    members=st.integers(1, 5),
+    share=st.floats(0, 1),
+    weighted=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_rounded_scores_select_the_best_keys(
+    level: str,
+    dtype: torch.dtype,
+    width: int,
+    num_tokens: int,
+    tiles: int,
+    members: int,
+    share: float,
+    weighted: bool,
+    seed: int,
+) -> None:
+    """Of queries and keys rounded to bfloat16: no key left out beats a selected one by more than sums explain."""
+    g = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(2, 2, tiles, members, width, generator=g).to(dtype)
+    k = torch.randn(2, 2, num_tokens, width, generator=g).to(dtype)
+    weight = torch.rand(2, 2, num_tokens - 1, generator=g) + 0.01 if weighted else None
+    count = 1 + int(share * (num_tokens - 2))
+    with cpu.force_level(level):
+        got = native_tile_keys(pooled, k, weight, 1, count, width**-0.5, False).long()
+    assert (got[..., 0] == 0).all()
+    assert (got.diff(dim=-1) > 0).all()
+    logits = pooled.bfloat16().double() @ k[:, :, None, 1:].bfloat16().double().transpose(-1, -2) * width**-0.5
+    scores = logits.log_softmax(-1).amax(-2)
+    if weight is not None:
+        scores = scores + weight.double().log()[:, :, None]
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, got[..., 1:] - 1, True)
+    worst_chosen = scores.masked_fill(~chosen, torch.inf).amin(-1)
+    best_left = scores.masked_fill(chosen, -torch.inf).amax(-1)
+    # The scores' exponentials are good to 1e-4; the same error in all of a query's scores changes little else.
+    assert (worst_chosen >= best_left - 2e-3).all()
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level not in ROUNDING_LEVELS])
 @pytest.mark.parametrize("reduction", ["max", "sum"])
 @pytest.mark.parametrize(
     ("grid", "tile", "tail"),
     [((16, 16), (4, 4), (4, 4)), ((13, 11), (4, 4), (3, 3)), ((9, 9), (1, 1), None), ((16, 16), (4, 8), (4, 4))],
 )
-def test_fused_prediction_selects_what_the_torch_path_selects(reduction, grid, tile, tail) -> None:
+def test_fused_prediction_selects_what_the_torch_path_selects(level, reduction, grid, tile, tail) -> None:
     """Scoring, merging, weighting by what the tail would get wrong, and selection in one pass."""
     tiling = Tiling(grid, tile, 1)
     config = SparsifinerConfig(query_tile=tile, tail=tail, reduction=reduction, keep_rate=0.2)
     predictor = build_predictor(config, num_heads=3, head_dim=64, grid=grid, num_prefix_tokens=1)
     q, k, v = torch.randn(3, 2, 3, tiling.num_tokens, 64, generator=torch.Generator().manual_seed(0)) * 1.5
-    fused = predictor(q, k, v, tiling, 0.125)
+    with cpu.force_level(level):
+        fused = predictor(q, k, v, tiling, 0.125)
     stepwise = super(PooledPredictor, predictor).forward(q, k, v, tiling, 0.125)
     assert torch.equal(fused.to_mask(), stepwise.to_mask())
     assert (fused.indices.diff(dim=-1) > 0).all()

@@ -212,9 +212,11 @@ void test_topk(std::mt19937& random, const char* level) {
   expect(refused, "NaN refused", level);
 }
 
-// One query per tile: the selected keys must be those of the largest weighted probabilities.
+// One query per tile: the selected keys must be those of the largest weighted probabilities. The inputs are
+// bfloat16 numbers also where they are given in float32: some levels round them.
 void test_tile_keys(std::mt19937& random, const char* level, bool half) {
-  const Case c(random, half);
+  Case c(random, true);
+  c.half = half;
   sp::TileKeys p;
   p.batch = c.s.batch;
   p.heads = c.s.heads;
