@@ -76,12 +76,17 @@ inline void multiply_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* 
 
 // Copies a row of bfloat16 and pads it with zeros to whole tiles.
 inline void copy_padded(const void* from, int width, uint32_t* to) {
-  copy(static_cast<const uint32_t*>(from), to, width / 2);
-  for (int w = width / 2; w < tile_words(width); ++w) to[w] = 0;
+  const uint32_t* words = static_cast<const uint32_t*>(from);
+  int w = 0;
+  for (; w + kTileSide <= width / 2; w += kTileSide) __builtin_memcpy(to + w, words + w, 4 * kTileSide);
+  if (w == width / 2) return;
+  for (; w < width / 2; ++w) to[w] = words[w];
+  for (; w < tile_words(width); ++w) to[w] = 0;
 }
 
+// Into the second-level cache.
 inline void prefetch_row(const void* row, int width) {
-  for (int byte = 0; byte < 2 * width; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte);
+  for (int byte = 0; byte < 2 * width; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte, 0, 2);
 }
 
 // Attention of `count` queries from `first`, at most NV * 16 of them.
@@ -89,7 +94,7 @@ template <class V, class Tiles, int NV>
 inline void attend_group_in_tiles(const TileTask& t, int first, int count, const Buffers& b) {
   static_assert(V::lanes == kTileSide);
   using F = typename V::F;
-  constexpr int L = V::lanes, lanes = NV * L, ahead = 8;
+  constexpr int L = V::lanes, lanes = NV * L;
   constexpr int M = 4 / NV;  // tiles of keys multiplied at once
   const int words = t.width / 2, padded_words = tile_words(t.width);
   transpose_queries<V, Mode::dot, NV>(t, first, count, b);
@@ -98,15 +103,13 @@ inline void attend_group_in_tiles(const TileTask& t, int first, int count, const
   const F factor = V::set(t.scale * 1.44269504088896341f);
   for (int start = 0; start < t.keys; start += kTileChunk) {
     const int size = t.keys - start < kTileChunk ? t.keys - start : kTileChunk;
-    for (int j = 0; j < size; ++j) {
-      if (j + ahead < size) prefetch_row(t.k[start + j + ahead], t.width);
-      copy_padded(t.k[start + j], t.width, b.k + j * padded_words);
-    }
+    for (int j = 0; j < size; ++j) copy_padded(t.k[start + j], t.width, b.k + j * padded_words);
     // Rows beyond `size` hold anything: each row of keys makes one row of logits, and those are not read.
     for (int j = 0; j < size; j += M * kTileSide)
       multiply_tiles<Tiles, M, NV, false>(b.k + j * padded_words, padded_words, b.q, lanes, padded_words / kTileSide,
                                           b.logits + j * lanes, lanes);
     for (int j = 0; j < size; ++j) {
+      prefetch_row(t.v[start + j], t.width);
       const F bias = V::set(t.bias != nullptr ? t.bias[start + j] * 1.44269504088896341f : 0.0f);
       for (int i = 0; i < NV; ++i) {
         float* at = b.logits + j * lanes + i * L;
@@ -125,7 +128,8 @@ inline void attend_group_in_tiles(const TileTask& t, int first, int count, const
     for (int i = pairs * lanes; i < padded_pairs * lanes; ++i) b.weights[i] = 0;
     for (int i = pairs * t.width; i < padded_pairs * t.width; ++i) b.v[i] = 0;
     for (int j = 0; j < size; j += 2) {
-      for (int i = j + ahead; i < j + ahead + 2 && i < size; ++i) prefetch_row(t.v[start + i], t.width);
+      for (int next = start + kTileChunk + j; next < start + kTileChunk + j + 2 && next < t.keys; ++next)
+        prefetch_row(t.k[next], t.width);
       V::pair_rows(t.v[start + j], j + 1 < size ? t.v[start + j + 1] : nullptr, b.v + j / 2 * t.width, t.width);
     }
     // The logits are no longer needed; their room takes the transposed weights, [lanes][kTileChunk / 2].

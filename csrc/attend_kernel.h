@@ -302,11 +302,13 @@ inline void attend_group(const TileTask& t, int first, int count, const Buffers&
     for (int j = 0; j < padded; j += NK)
       logits_of_keys<V, mode, NV>(b.q, words, k + j, t.scale * log2e, bias + j, b.logits + j * NV * L);
     online_softmax<V, mode, NV>(b, size, [&](const float* factors) {
-      for (int d = 0; d < t.width; ++d)
-        for (int i = 0; i < NV; ++i) {
+      for (int i = 0; i < NV; ++i) {
+        const typename V::F factor = V::load(factors + i * L);
+        for (int d = 0; d < t.width; ++d) {
           float* at = b.out + (d * NV + i) * L;
-          V::store(at, V::mul(V::load(at), V::load(factors + i * L)));
+          V::store(at, V::mul(V::load(at), factor));
         }
+      }
     });
     int rows = size;
     if constexpr (mode == Mode::plain) {
