@@ -29,7 +29,7 @@ inline const uint32_t* row_of_pairs(const void* row, DType dtype, int width, uin
   return room;
 }
 
-// The same as pairs of bfloat16, [width / 2][key_block], from either type.
+// keys[width / 2][key_block] of pairs of bfloat16 from `count` rows of either type.
 template <class V>
 inline void pack_key_pairs(const void* const* rows, DType dtype, int count, int width, void* packed) {
   uint32_t rounded[kKeyBlock<V>][64];
