@@ -16,5 +16,16 @@ std::size_t attend_bytes(const TileTask& task) {
 int key_words(DType, int width) { return tile_words(width); }
 
 constexpr Kernels level_kernels = {
-    attend_bytes, attend, select_topk<Compressor>, add_rows, store_row, kKeyBlock<Float>, key_words, pack_keys_in_tiles<Pairs>, score_scratch_in_tiles<Pairs>, score_in_tiles<Pairs, Tiles, Compressor>, group_tile, distances,
+    attend_bytes,
+    attend,
+    select_topk<Compressor>,
+    add_rows,
+    store_row,
+    kKeyBlock<Float>,
+    key_words,
+    pack_keys_in_tiles<Pairs>,
+    score_scratch_in_tiles<Pairs>,
+    score_in_tiles<Pairs, Tiles, Compressor>,
+    group_tile,
+    distances,
 };

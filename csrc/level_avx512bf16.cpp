@@ -21,7 +21,9 @@ void attend(const TileTask& task, void* memory) {
 
 int key_words(DType, int width) { return width / 2; }
 
-bool score(const ScoreTask& task, void* memory) { return score_tiles<Avx512Bf16, Mode::dot, Avx512Compressor>(task, memory); }
+bool score(const ScoreTask& task, void* memory) {
+  return score_tiles<Avx512Bf16, Mode::dot, Avx512Compressor>(task, memory);
+}
 }  // namespace
 
 extern const Kernels avx512bf16_kernels;
