@@ -1,6 +1,7 @@
 // AMX tiles for bfloat16, AVX-512 for the rest. Compiled with flags for them; reached only where the CPU and
 // the operating system grant them and amx_support.cpp has seen right results. Developed on a machine
-// without AMX: the tile code was tested through level_amx_emulated.cpp only, and its speed is not known.
+// without AMX: tested through level_amx_emulated.cpp and with its instructions trapped (tests/amx_tests.cpp); its
+// speed is not known.
 #include "kernels.h"
 
 #include <immintrin.h>
