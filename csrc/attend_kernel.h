@@ -34,20 +34,21 @@ struct Buffers {
 constexpr int kMaxLanes = 64;
 constexpr int kPadding = 16;
 
-inline std::size_t layout(int width, char* base, Buffers* b) {
+// Cuts scratch for chunks of `chunk` keys into the buffers; returns the bytes they take.
+inline std::size_t layout(int width, int chunk, char* base, Buffers* b) {
   std::size_t used = 0;
   auto take = [&](std::size_t words) {
     char* start = base + used;
     used += (words * 4 + 63) / 64 * 64;
     return start;
   };
-  const std::size_t lanes = kMaxLanes, w = static_cast<std::size_t>(width);
+  const std::size_t lanes = kMaxLanes, w = static_cast<std::size_t>(width), c = static_cast<std::size_t>(chunk);
   b->q = reinterpret_cast<uint32_t*>(take(w * lanes));
-  b->logits = reinterpret_cast<float*>(take((kChunk + kPadding) * lanes));
-  b->weights = reinterpret_cast<uint32_t*>(take(kChunk / 2 * lanes));
+  b->logits = reinterpret_cast<float*>(take((c + kPadding) * lanes));
+  b->weights = reinterpret_cast<uint32_t*>(take(c / 2 * lanes));
   b->out = reinterpret_cast<float*>(take(w * lanes));
-  b->k = reinterpret_cast<uint32_t*>(take(kChunk * w));
-  b->v = reinterpret_cast<uint32_t*>(take(kChunk * w));
+  b->k = reinterpret_cast<uint32_t*>(take(c * w));
+  b->v = reinterpret_cast<uint32_t*>(take(c * w));
   b->row = reinterpret_cast<float*>(take(w));
   b->max = reinterpret_cast<float*>(take(lanes));
   b->sum = reinterpret_cast<float*>(take(lanes));
@@ -147,9 +148,10 @@ inline void add_values(const uint32_t* weights, const uint32_t* const* v, int co
     for (int i = 0; i < NV; ++i) V::store(out + ((first + d) * NV + i) * L, sum[d][i]);
 }
 
-// Turns logits into weights relative to the running maximum; rescales what was summed before.
-template <class V, Mode mode, int NV>
-inline void online_softmax(const Buffers& b, int count, int width) {
+// Turns logits into weights relative to the running maximum. Where that rises, `rescale` is given the factors,
+// [lanes], for what was summed before.
+template <class V, Mode mode, int NV, class Rescale>
+inline void online_softmax(const Buffers& b, int count, Rescale rescale) {
   using F = typename V::F;
   constexpr int L = V::lanes;
   F before[NV], max[NV], sum[NV];
@@ -163,15 +165,14 @@ inline void online_softmax(const Buffers& b, int count, int width) {
   bool risen = false;
   for (int i = 0; i < NV; ++i) risen |= V::any_greater(max[i], before[i]);
   if (risen) {
+    float factors[NV * L];
     for (int i = 0; i < NV; ++i) {
       const F factor = V::template exp2<false>(V::sub(before[i], max[i]));
       sum[i] = V::mul(sum[i], factor);
-      for (int d = 0; d < width; ++d) {
-        float* at = b.out + (d * NV + i) * L;
-        V::store(at, V::mul(V::load(at), factor));
-      }
+      V::store(factors + i * L, factor);
       V::store(b.max + i * L, max[i]);
     }
+    rescale(factors);
   }
   if constexpr (mode == Mode::dot) {
     for (int m = 0; m < count; m += 2)
@@ -221,6 +222,19 @@ inline void transpose_queries(const TileTask& t, int first, int count, const Buf
   }
 }
 
+// One row of the result: divided by the sum of its weights and rounded.
+inline void store_query(const TileTask& t, int query, const float* row, float sum, float* scaled) {
+  // Nothing was summed where every key was masked.
+  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+  if (t.dtype == DType::float32) {
+    float* to = static_cast<float*>(t.out[query]);
+    for (int d = 0; d < t.width; ++d) to[d] = row[d] * factor;
+  } else {
+    for (int d = 0; d < t.width; ++d) scaled[d] = row[d] * factor;
+    narrow(scaled, static_cast<uint16_t*>(t.out[query]), t.width);
+  }
+}
+
 template <class V, int NV>
 inline void store_result(const TileTask& t, int first, int count, const Buffers& b) {
   constexpr int lanes = NV * V::lanes;
@@ -238,15 +252,16 @@ inline void store_result(const TileTask& t, int first, int count, const Buffers&
     } else {
       for (int d = 0; d < t.width; ++d) b.row[d] = b.out[d * lanes + lane];
     }
-    // Nothing was summed where every key was masked.
-    const float factor = b.sum[lane] == 0.0f ? 0.0f : 1.0f / b.sum[lane];
-    if (t.dtype == DType::float32) {
-      float* to = static_cast<float*>(t.out[first + lane]);
-      for (int d = 0; d < t.width; ++d) to[d] = row[d] * factor;
-    } else {
-      for (int d = 0; d < t.width; ++d) b.row[d] = row[d] * factor;
-      narrow(b.row, static_cast<uint16_t*>(t.out[first + lane]), t.width);
-    }
+    store_query(t, first + lane, row, b.sum[lane], b.row);
+  }
+}
+
+template <int lanes>
+inline void start_sums(int width, const Buffers& b) {
+  for (int i = 0; i < width * lanes; ++i) b.out[i] = 0.0f;
+  for (int i = 0; i < lanes; ++i) {
+    b.max[i] = -3.402823466e38f;
+    b.sum[i] = 0.0f;
   }
 }
 
@@ -257,11 +272,7 @@ inline void attend_group(const TileTask& t, int first, int count, const Buffers&
   constexpr float log2e = 1.44269504088896341f;
   const int words = mode == Mode::dot ? t.width / 2 : t.width;
   transpose_queries<V, mode, NV>(t, first, count, b);
-  for (int i = 0; i < t.width * NV * L; ++i) b.out[i] = 0.0f;
-  for (int i = 0; i < NV * L; ++i) {
-    b.max[i] = -3.402823466e38f;
-    b.sum[i] = 0.0f;
-  }
+  start_sums<NV * L>(t.width, b);
   const uint32_t* k[kChunk + kPadding];
   const uint32_t* v[kChunk];
   float bias[kChunk + kPadding];
@@ -290,7 +301,15 @@ inline void attend_group(const TileTask& t, int first, int count, const Buffers&
     }
     for (int j = 0; j < padded; j += NK)
       logits_of_keys<V, mode, NV>(b.q, words, k + j, t.scale * log2e, bias + j, b.logits + j * NV * L);
-    online_softmax<V, mode, NV>(b, size, t.width);
+    online_softmax<V, mode, NV>(b, size, [&](const float* factors) {
+      for (int i = 0; i < NV; ++i) {
+        const typename V::F factor = V::load(factors + i * L);
+        for (int d = 0; d < t.width; ++d) {
+          float* at = b.out + (d * NV + i) * L;
+          V::store(at, V::mul(V::load(at), factor));
+        }
+      }
+    });
     int rows = size;
     if constexpr (mode == Mode::plain) {
       for (int j = 0; j < size; ++j) {
@@ -320,7 +339,7 @@ inline void attend_tile(const TileTask& t, void* memory) {
   constexpr int L = V::lanes, NV = V::vectors;
   static_assert(NV * L <= kMaxLanes);
   Buffers b;
-  layout(t.width, static_cast<char*>(memory), &b);
+  layout(t.width, kChunk, static_cast<char*>(memory), &b);
   for (int first = 0; first < t.queries; first += NV * L) {
     const int left = t.queries - first;
     if (left <= L)
@@ -332,5 +351,5 @@ inline void attend_tile(const TileTask& t, void* memory) {
 
 inline std::size_t attend_scratch(const TileTask& t) {
   Buffers b;
-  return layout(t.width, nullptr, &b);
+  return layout(t.width, kChunk, nullptr, &b);
 }

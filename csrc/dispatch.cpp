@@ -1,7 +1,9 @@
+// Which instruction sets run here, and which one is in use.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
+#include "amx_support.h"
 #include "kernels.h"
 
 namespace sparsifiner {
@@ -9,40 +11,85 @@ namespace {
 
 struct Entry {
   Level level;
-  const Kernels* kernels;
+  const char* name;
+  const Kernels* kernels;  // null where this build has none
 };
 
 #if defined(SPARSIFINER_X86)
-bool supported(Level level) {
-  __builtin_cpu_init();
-  switch (level) {
-    case Level::portable:
-      return true;
-    case Level::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case Level::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && supported(Level::avx2);
-    case Level::avx512bf16:
-      return __builtin_cpu_supports("avx512bf16") && supported(Level::avx512);
-  }
-  return false;
-}
-constexpr Entry entries[] = {{Level::portable, &portable_kernels},
-                             {Level::avx2, &avx2_kernels},
-                             {Level::avx512, &avx512_kernels},
-                             {Level::avx512bf16, &avx512bf16_kernels}};
+#define SPARSIFINER_X86_KERNELS(table) &table
 #else
-bool supported(Level) { return true; }
-constexpr Entry entries[] = {{Level::portable, &portable_kernels}};
+#define SPARSIFINER_X86_KERNELS(table) nullptr
+#endif
+#if defined(SPARSIFINER_AMX)
+#define SPARSIFINER_AMX_KERNELS(table) &table
+#else
+#define SPARSIFINER_AMX_KERNELS(table) nullptr
 #endif
 
-const Entry& best() {
-  const Entry* found = &entries[0];
-  for (const Entry& entry : entries)
-    if (supported(entry.level)) found = &entry;
-  return *found;
+constexpr Entry entries[] = {{Level::portable, "portable", &portable_kernels},
+                             {Level::avx2, "avx2", SPARSIFINER_X86_KERNELS(avx2_kernels)},
+                             {Level::avx512, "avx512", SPARSIFINER_X86_KERNELS(avx512_kernels)},
+                             {Level::avx512bf16, "avx512bf16", SPARSIFINER_X86_KERNELS(avx512bf16_kernels)},
+                             {Level::amx, "amx", SPARSIFINER_AMX_KERNELS(amx_kernels)},
+                             {Level::amx_emulated, "amx_emulated", &amx_emulated_kernels}};
+constexpr int kLevels = sizeof entries / sizeof entries[0];
+
+const Entry& entry_of(Level level) { return entries[static_cast<int>(level)]; }
+
+#if defined(SPARSIFINER_X86)
+std::string cpu_lacks(Level level) {
+  __builtin_cpu_init();
+  switch (level) {
+    case Level::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this CPU has no AVX2 with FMA";
+    case Level::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && cpu_lacks(Level::avx2).empty()
+                 ? ""
+                 : "this CPU has no AVX-512 F, BW, DQ and VL";
+    case Level::avx512bf16:
+      return __builtin_cpu_supports("avx512bf16") && cpu_lacks(Level::avx512).empty()
+                 ? ""
+                 : "this CPU has no AVX-512 with bfloat16 products";
+    case Level::amx: {
+      const std::string missing = cpu_lacks(Level::avx512bf16);
+      return missing.empty() ? why_no_tiles() : missing;
+    }
+    default:
+      return "";
+  }
 }
+#else
+std::string cpu_lacks(Level) { return ""; }
+#endif
+
+std::string find_reason(const Entry& entry) {
+  if (entry.kernels == nullptr) {
+#if defined(SPARSIFINER_X86)
+    return "the compiler that built this does not know its instructions";
+#else
+    return "it is for x86-64";
+#endif
+  }
+  const std::string missing = cpu_lacks(entry.level);
+  if (!missing.empty() || entry.level != Level::amx) return missing;
+  const std::string wrong = compare_kernels(*entry.kernels, *entry_of(Level::avx512bf16).kernels);
+  return wrong.empty() ? "" : "it failed its self-check at first use: " + wrong;
+}
+
+struct Reasons {
+  std::string of[kLevels];
+  Reasons() {
+    for (int i = 0; i < kLevels; ++i) of[i] = find_reason(entries[i]);
+  }
+};
+
+const std::string& reason(Level level) {
+  static const Reasons reasons;  // the CPU is asked once
+  return reasons.of[static_cast<int>(level)];
+}
+
+const Entry& best() { return entry_of(available_levels().back()); }
 
 std::atomic<const Entry*> forced{nullptr};
 
@@ -54,24 +101,21 @@ const Entry& active() {
 
 }  // namespace
 
-const char* level_name(Level level) {
-  switch (level) {
-    case Level::portable:
-      return "portable";
-    case Level::avx2:
-      return "avx2";
-    case Level::avx512:
-      return "avx512";
-    case Level::avx512bf16:
-      return "avx512bf16";
-  }
-  return "unknown";
+const char* level_name(Level level) { return entry_of(level).name; }
+
+std::vector<Level> all_levels() {
+  std::vector<Level> levels;
+  for (const Entry& entry : entries)
+    if (entry.level != Level::amx_emulated) levels.push_back(entry.level);
+  return levels;
 }
+
+std::string why_not(Level level) { return reason(level); }
 
 std::vector<Level> available_levels() {
   std::vector<Level> levels;
-  for (const Entry& entry : entries)
-    if (supported(entry.level)) levels.push_back(entry.level);
+  for (Level level : all_levels())
+    if (reason(level).empty()) levels.push_back(level);
   return levels;
 }
 
@@ -83,16 +127,19 @@ void force_level(const std::string& name) {
     forced.store(nullptr, std::memory_order_release);
     return;
   }
-  std::string names;
+  std::string names, why;
   for (const Entry& entry : entries) {
-    if (!supported(entry.level)) continue;
-    if (name == level_name(entry.level)) {
-      forced.store(&entry, std::memory_order_release);
-      return;
+    if (name == entry.name) {
+      why = reason(entry.level);
+      if (why.empty()) {
+        forced.store(&entry, std::memory_order_release);
+        return;
+      }
+      why = " (" + why + ")";
     }
-    names += (names.empty() ? "" : ", ") + std::string(level_name(entry.level));
   }
-  throw std::invalid_argument("CPU level \"" + name + "\" is not available here; this machine has " + names);
+  for (Level level : available_levels()) names += (names.empty() ? "" : ", ") + std::string(level_name(level));
+  throw std::invalid_argument("CPU level \"" + name + "\" is not available here" + why + "; this machine has " + names);
 }
 
 }  // namespace sparsifiner

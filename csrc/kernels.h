@@ -72,6 +72,8 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512bf16_kernels;
+extern const Kernels amx_kernels;
+extern const Kernels amx_emulated_kernels;
 
 const Kernels& kernels();  // of the active level
 

@@ -7,35 +7,10 @@ namespace sparsifiner {
 namespace {
 #include "attend_kernel.h"
 #include "level_avx512_vector.h"
+#include "level_avx512bf16_vector.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
 #include "group_kernel.h"
-
-struct Avx512Bf16 : Avx512 {
-  static F dot(F lanes, uint32_t pair, F sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)));
-  }
-
-  // to[lane] = the bfloat16 of (even[lane], odd[lane]).
-  static void store_pairs(uint32_t* to, F even, F odd) {
-    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
-  }
-
-  // to[d] = (even[d], odd[d]); a missing row counts as zeros.
-  static void pair_rows(const void* even, const void* odd, uint32_t* to, int width) {
-    const uint16_t* a = static_cast<const uint16_t*>(even);
-    const uint16_t* b = static_cast<const uint16_t*>(odd);
-    for (int d = 0; d < width; d += 16) {
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + d)));
-      __m512i high = _mm512_setzero_si512();
-      if (b != nullptr) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + d)));
-      _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-  }
-};
 
 void attend(const TileTask& task, void* memory) {
   if (task.dtype == DType::float32)
@@ -44,24 +19,16 @@ void attend(const TileTask& task, void* memory) {
     attend_tile<Avx512Bf16, Mode::dot>(task, memory);
 }
 
-int key_words(DType dtype, int width) { return dtype == DType::bfloat16 ? width / 2 : width; }
-
-void pack_keys(const void* const* rows, DType dtype, int count, int width, void* packed) {
-  if (dtype == DType::float32)
-    pack_keys_as<Avx512, Mode::plain>(rows, count, width, packed);
-  else
-    pack_keys_as<Avx512Bf16, Mode::dot>(rows, count, width, packed);
-}
+int key_words(DType, int width) { return width / 2; }
 
 bool score(const ScoreTask& task, void* memory) {
-  if (task.dtype == DType::float32) return score_tiles<Avx512, Mode::plain, Avx512Compressor>(task, memory);
   return score_tiles<Avx512Bf16, Mode::dot, Avx512Compressor>(task, memory);
 }
 }  // namespace
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_keys, score_scratch<Avx512>, score, group_tile, distances,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_key_pairs<Avx512Bf16>, score_scratch<Avx512>, score, group_tile, distances,
 };
 
 }  // namespace sparsifiner

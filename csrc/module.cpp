@@ -43,6 +43,12 @@ NB_MODULE(_native, m) {
     for (sp::Level level : sp::available_levels()) names.emplace_back(sp::level_name(level));
     return names;
   });
+  m.def("reasons_against", [] {
+    std::vector<std::tuple<std::string, std::string>> reasons;
+    for (sp::Level level : sp::all_levels())
+      if (const std::string why = sp::why_not(level); !why.empty()) reasons.emplace_back(sp::level_name(level), why);
+    return reasons;
+  });
   m.def("level", [] { return std::string(sp::level_name(sp::active_level())); });
   m.def("force_level", &sp::force_level, nb::arg("name"));
   m.def(

@@ -2,7 +2,9 @@
 // best keys selected, all while the scores are in the cache. Included by the level_*.cpp files inside their
 // anonymous namespace, after attend_kernel.h and topk_kernel.h.
 //
-// Here the keys lie in the lanes: they are transposed once per head, in blocks of `key_block` keys.
+// Here the keys lie in the lanes: they are transposed once per head, in blocks of `key_block` keys. Where the
+// instruction set has products of bfloat16, float32 keys and queries are rounded to it: only the order of the
+// scores counts.
 
 template <class V>
 constexpr int kKeyBlock = V::vectors * V::lanes;
@@ -20,13 +22,57 @@ inline void pack_keys_as(const void* const* rows, int count, int width, void* pa
   transpose_queries<V, mode, V::vectors>(task, 0, count, b);
 }
 
+// A row as pairs of bfloat16: itself, or rounded into `room`.
+inline const uint32_t* row_of_pairs(const void* row, DType dtype, int width, uint32_t* room) {
+  if (dtype == DType::bfloat16) return static_cast<const uint32_t*>(row);
+  narrow(static_cast<const float*>(row), reinterpret_cast<uint16_t*>(room), width);
+  return room;
+}
+
+// keys[width / 2][key_block] of pairs of bfloat16 from `count` rows of either type.
+template <class V>
+inline void pack_key_pairs(const void* const* rows, DType dtype, int count, int width, void* packed) {
+  uint32_t rounded[kKeyBlock<V>][64];
+  const void* pairs[kKeyBlock<V>];
+  for (int i = 0; i < count; ++i) pairs[i] = row_of_pairs(rows[i], dtype, width, rounded[i]);
+  pack_keys_as<V, Mode::dot>(pairs, count, width, packed);
+}
+
 inline int64_t score_columns(const ScoreTask& t, int block) { return (t.candidates + block - 1) / block * block; }
+
+struct ScoreBuffers {
+  int64_t columns;  // candidates, padded to whole blocks
+  float* logits;    // [padded queries][columns]
+  float* merged;    // [columns]
+  uint32_t* rows;   // [padded queries][D], where a mode copies the queries
+  float* weights;   // [columns]
+  void* topk;
+};
+
+// Cuts scratch for a number of queries padded to a multiple of `multiple`; returns the bytes it takes.
+template <class V>
+inline std::size_t score_layout(const ScoreTask& t, int multiple, char* base, ScoreBuffers* b) {
+  const int padded = (t.tiles * t.members + multiple - 1) / multiple * multiple;
+  b->columns = score_columns(t, kKeyBlock<V>);
+  const std::size_t columns = static_cast<std::size_t>(b->columns), queries = static_cast<std::size_t>(padded);
+  std::size_t used = 0;
+  auto take = [&](std::size_t words) {
+    char* start = base + used;
+    used += (words * 4 + 63) / 64 * 64;
+    return start;
+  };
+  b->logits = reinterpret_cast<float*>(take(queries * columns));
+  b->merged = reinterpret_cast<float*>(take(columns));
+  b->rows = reinterpret_cast<uint32_t*>(take(queries * static_cast<std::size_t>(t.width)));
+  b->weights = reinterpret_cast<float*>(take(columns));
+  b->topk = base + used;
+  return used + topk_scratch(t.candidates);
+}
 
 template <class V>
 inline std::size_t score_scratch(const ScoreTask& t) {
-  const std::size_t columns = static_cast<std::size_t>(score_columns(t, kKeyBlock<V>));
-  const std::size_t rows = static_cast<std::size_t>(t.tiles * t.members + V::keys);
-  return (rows * columns + rows * t.width + 2 * columns) * 4 + topk_scratch(t.candidates) + 4 * 64;
+  ScoreBuffers b;
+  return score_layout<V>(t, V::keys, nullptr, &b);
 }
 
 // log2 of the sum of 2^x over a row, NaN if it holds one.
@@ -48,46 +94,23 @@ inline float log2_sum(const float* row, int64_t columns) {
   return highest + __builtin_log2f(total);
 }
 
-// Returns false if a score is NaN.
-template <class V, Mode mode, class C>
-inline bool score_tiles(const ScoreTask& t, void* memory) {
+// Merges the logits of each tile's pooled queries and selects its keys. Returns false if a score is NaN.
+template <class V, bool coarse, class C>
+inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b) {
   using F = typename V::F;
-  constexpr int L = V::lanes, NK = V::keys, block = kKeyBlock<V>;
-  const int words = mode == Mode::dot ? t.width / 2 : t.width;
-  const int queries = t.tiles * t.members, padded = (queries + NK - 1) / NK * NK;
-  const int64_t columns = score_columns(t, block);
-  float* logits = static_cast<float*>(memory);  // [padded][columns]
-  float* merged = logits + padded * columns;    // [columns]
-  float* widened = merged + columns;            // [queries][D]
-  float* padded_weights = widened + static_cast<int64_t>(queries) * t.width;  // [columns]
-  void* rest = padded_weights + columns;
-  const float* weights = t.log2_weight ? padded_weights : nullptr;
-  for (int64_t c = 0; weights && c < columns; ++c) padded_weights[c] = c < t.candidates ? t.log2_weight[c] : 0.0f;
-  const uint32_t* rows[kMaxScoreQueries + NK];
-  const float bias[NK] = {};
-  for (int j = 0; j < padded; ++j) {
-    const int query = j < queries ? j : queries - 1;
-    rows[j] = static_cast<const uint32_t*>(t.q[query]);
-    if constexpr (mode == Mode::convert) {
-      uint32_t* to = reinterpret_cast<uint32_t*>(widened) + static_cast<int64_t>(query) * t.width;
-      widen(static_cast<const uint16_t*>(t.q[query]), to, t.width);
-      rows[j] = to;
-    }
-  }
-  const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
-  for (int64_t c = 0; c < columns; c += block, packed += words * block)
-    for (int j = 0; j < padded; j += NK)
-      logits_of_keys<V, mode, V::vectors>(packed, words, rows + j, t.scale * 1.44269504088896341f, bias,
-                                          logits + j * columns + c, columns);
+  constexpr int L = V::lanes;
+  const int64_t columns = b.columns;
+  const float* weights = t.log2_weight ? b.weights : nullptr;
+  for (int64_t c = 0; weights && c < columns; ++c) b.weights[c] = c < t.candidates ? t.log2_weight[c] : 0.0f;
   for (int tile = 0; tile < t.tiles; ++tile) {
-    float* of_tile = logits + tile * t.members * columns;
+    float* of_tile = b.logits + tile * t.members * columns;
     const float* scores = of_tile;
     if (t.members > 1 || t.log2_weight) {
       float total[kMaxScoreQueries];
       for (int m = 0; m < t.members; ++m) {
         float* row = of_tile + m * columns;
         for (int64_t c = t.candidates; c < columns; ++c) row[c] = -__builtin_inff();
-        total[m] = log2_sum<V, mode == Mode::dot>(row, columns);
+        total[m] = log2_sum<V, coarse>(row, columns);
         if (total[m] != total[m]) return false;
       }
       // The largest probability has the largest logarithm, so only a sum needs the powers.
@@ -99,12 +122,41 @@ inline bool score_tiles(const ScoreTask& t, void* memory) {
           const F next = V::add(V::sub(V::load(of_tile + m * columns + c), V::set(total[m])), weight);
           best = t.sum ? V::add(best, V::template exp2<false>(next)) : V::max(next, best);
         }
-        V::store(merged + c, best);
+        V::store(b.merged + c, best);
       }
-      scores = merged;
+      scores = b.merged;
     }
-    if (!select_topk<C>(scores, DType::float32, t.candidates, t.count, t.offset, t.indices + tile * t.out_stride, rest))
+    if (!select_topk<C>(scores, DType::float32, t.candidates, t.count, t.offset, t.indices + tile * t.out_stride, b.topk))
       return false;
   }
   return true;
+}
+
+template <class V, Mode mode, class C>
+inline bool score_tiles(const ScoreTask& t, void* memory) {
+  constexpr int NK = V::keys, block = kKeyBlock<V>;
+  ScoreBuffers b;
+  score_layout<V>(t, NK, static_cast<char*>(memory), &b);
+  const int words = mode == Mode::dot ? t.width / 2 : t.width;
+  const int queries = t.tiles * t.members, padded = (queries + NK - 1) / NK * NK;
+  const uint32_t* rows[kMaxScoreQueries + NK];
+  const float bias[NK] = {};
+  for (int j = 0; j < padded; ++j) {
+    const int query = j < queries ? j : queries - 1;
+    uint32_t* room = b.rows + static_cast<int64_t>(query) * t.width;
+    if constexpr (mode == Mode::dot) {
+      rows[j] = row_of_pairs(t.q[query], t.dtype, t.width, room);
+    } else if constexpr (mode == Mode::convert) {
+      widen(static_cast<const uint16_t*>(t.q[query]), room, t.width);
+      rows[j] = room;
+    } else {
+      rows[j] = static_cast<const uint32_t*>(t.q[query]);
+    }
+  }
+  const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
+  for (int64_t c = 0; c < b.columns; c += block, packed += words * block)
+    for (int j = 0; j < padded; j += NK)
+      logits_of_keys<V, mode, V::vectors>(packed, words, rows + j, t.scale * 1.44269504088896341f, bias,
+                                          b.logits + j * b.columns + c, b.columns);
+  return select_keys<V, mode == Mode::dot, C>(t, b);
 }

@@ -13,11 +13,14 @@ namespace sparsifiner {
 
 enum class DType { float32, bfloat16 };
 
-// Instruction sets, in rising order.
-enum class Level { portable, avx2, avx512, avx512bf16 };
+// Instruction sets, in rising order. `amx_emulated` follows `amx` tile by tile in plain C++, for tests: it is
+// never chosen by itself nor listed, only forced.
+enum class Level { portable, avx2, avx512, avx512bf16, amx, amx_emulated };
 
 const char* level_name(Level level);
-std::vector<Level> available_levels();  // compiled in and supported by this CPU, best last
+std::vector<Level> all_levels();        // but the emulated one
+std::string why_not(Level level);       // why it cannot run here, or ""
+std::vector<Level> available_levels();  // those that can run here, best last
 Level active_level();
 void force_level(const std::string& name);  // "" returns to the best one; throws if it is not available
 
@@ -53,7 +56,9 @@ void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_
           int32_t* indices, int64_t out_stride, int32_t offset, int threads);
 
 // The keys each tile needs most, by its pooled queries: softmax(scale * q k^T) over the candidates
-// [first, N), merged over the tile's pooled queries by max or sum, and the `count` best selected.
+// [first, N), merged over the tile's pooled queries by max or sum, and the `count` best selected. Levels with
+// products of bfloat16 (avx512bf16, amx) round float32 queries and keys to it first: there keys whose scores
+// differ by less than that rounding may be taken for each other.
 struct TileKeys {
   int64_t batch, heads, tokens, width, tiles, members, first, count;
   DType dtype;

@@ -19,10 +19,24 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_facts_agree_with_the_library(capsys) -> None:
     facts = json.loads(run(["info", "--json"], capsys))
-    assert facts["native"] == {"level": cpu.level(), "levels": cpu.levels(), "missing": cpu.why_missing()}
+    assert facts["native"]["level"] == cpu.level()
+    assert facts["native"]["levels"] == cpu.levels()
+    assert facts["native"]["missing"] == cpu.why_missing()
     chosen = {choice["dtype"]: choice["backend"] for choice in facts["choices"] if choice["device"] == "cpu"}
     assert chosen["float16"] == "gather"
     assert chosen["float32"] == ("native" if cpu.why_missing() is None else "gather")
+
+
+@pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
+def test_every_level_runs_or_says_why_not(capsys) -> None:
+    levels = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
+    assert sorted([*cpu.levels(), *cpu.missing_levels()]) == sorted(levels)
+    text = run(["info"], capsys)
+    for level, reason in cpu.missing_levels().items():
+        assert reason
+        assert f"not {level}: {reason}" in text
+        with pytest.raises(ValueError, match=f'"{level}" is not available here'), cpu.force_level(level):
+            pass
 
 
 def test_a_missing_module_is_explained(capsys, monkeypatch) -> None:

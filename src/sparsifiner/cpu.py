@@ -35,8 +35,13 @@ def why_missing() -> str | None:
 
 
 def levels() -> list[str]:
-    """Instruction sets this machine can run, best last: ``portable``, ``avx2``, ``avx512``, ``avx512bf16``."""
+    """Instruction sets this machine can run, best last: ``portable``, ``avx2``, ``avx512``, ``avx512bf16``, ``amx``."""
     return [] if _missing is not None else list(_native.levels())
+
+
+def missing_levels() -> dict[str, str]:
+    """Why each of the other instruction sets cannot run here, in words."""
+    return {} if _missing is not None else dict(_native.reasons_against())
 
 
 def level() -> str | None:
@@ -47,6 +52,9 @@ def level() -> str | None:
 @contextmanager
 def force_level(name: str) -> Iterator[None]:
     """Run the kernels with the instruction set ``name``, in all threads. For tests and comparisons.
+
+    Besides :func:`levels` there is ``amx_emulated``, on every machine: the ``amx`` kernels with each tile instruction
+    carried out by plain C++. It is slow and never chosen by itself; it shows what ``amx`` computes where there is none.
 
     Raises:
         ValueError: if it is unknown or this machine does not have it.

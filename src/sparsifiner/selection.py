@@ -98,6 +98,10 @@ def native_tile_keys(
 ) -> Tensor:
     """Score, merge and select in one pass, without ever holding all scores.
 
+    At the CPU levels with products of bfloat16 (``avx512bf16``, ``amx``) float32 queries and keys are rounded to it
+    for the scores, so keys whose scores are equal to within that rounding may be taken for each other there. The
+    attention over the selected keys is float32 as asked.
+
     Args:
         pooled: pooled queries of each tile ``[B, H, T, G, D]``.
         k: keys ``[B, H, N, D]``; the candidates are those from ``first``.

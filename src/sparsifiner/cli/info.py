@@ -22,6 +22,8 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout
         print(f"native kernels: no: {kernels['missing']}")
     else:
         print(f"native kernels: {kernels['level']} (this machine can run {', '.join(kernels['levels'])})")
+        for level, reason in kernels["missing_levels"].items():
+            print(f"not {level}: {reason}")
     for choice in facts["choices"]:
         print(f"auto, {choice['device']}, {choice['dtype']}: {choice['backend']}: {choice['reason']}")
 
@@ -45,6 +47,11 @@ def gather_facts() -> dict[str, Any]:
     return {
         "sparsifiner": __version__,
         "machine": asdict(this_machine(torch.device("cpu"))),
-        "native": {"level": cpu.level(), "levels": cpu.levels(), "missing": cpu.why_missing()},
+        "native": {
+            "level": cpu.level(),
+            "levels": cpu.levels(),
+            "missing_levels": cpu.missing_levels(),
+            "missing": cpu.why_missing(),
+        },
         "choices": choices,
     }

@@ -1,0 +1,50 @@
+// The AMX level with its tiles in plain C++, on any CPU: so that the tests can follow every tile where there is
+// no AMX. Many times slower than the other levels, so it runs only where it is asked for by name.
+#include "kernels.h"
+
+namespace sparsifiner {
+namespace {
+#include "attend_kernel.h"
+#include "level_portable_vector.h"
+#include "topk_kernel.h"
+#include "score_kernel.h"
+#include "group_kernel.h"
+#include "amx_kernel.h"
+#include "amx_emulated_tiles.h"
+
+struct Vector : PortableVector<16> {
+  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t stride) {
+    for (int i = 0; i < 16; ++i)
+      for (int w = 0; w < 16; ++w) __builtin_memcpy(to + w * stride + i, rows[i] + first + w, 4);
+  }
+
+  // to[lane] = the bfloat16 of (even[lane], odd[lane]).
+  static void store_pairs(uint32_t* to, F even, F odd) {
+    float rows[32];
+    uint16_t halves[32];
+    store(rows, even);
+    store(rows + 16, odd);
+    narrow(rows, halves, 32);
+    for (int i = 0; i < 16; ++i) to[i] = halves[i] | static_cast<uint32_t>(halves[16 + i]) << 16;
+  }
+
+  // to[d] = (even[d], odd[d]); a missing row counts as zeros.
+  static void pair_rows(const void* even, const void* odd, uint32_t* to, int width) {
+    for (int d = 0; d < width; ++d) {
+      const uint32_t high = odd != nullptr ? static_cast<const uint16_t*>(odd)[d] : 0;
+      to[d] = static_cast<const uint16_t*>(even)[d] | high << 16;
+    }
+  }
+};
+
+using Float = Vector;
+using Pairs = Vector;
+using Tiles = EmulatedTiles;
+using Compressor = ScalarCompressor;
+#include "amx_level.h"
+}  // namespace
+
+extern const Kernels amx_emulated_kernels;
+const Kernels amx_emulated_kernels = level_kernels;
+
+}  // namespace sparsifiner

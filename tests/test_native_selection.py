@@ -1,0 +1,174 @@
+"""The compiled kernels: selection, scores, groups of queries and pooling at every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsifiner import SparsifinerConfig, Tiling, cpu
+from sparsifiner.pooling import pool_blocks
+from sparsifiner.predictors import PooledPredictor, build_predictor
+from sparsifiner.selection import native_group_queries, native_tile_keys, native_topk
+
+pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
+
+LEVELS = [*cpu.levels(), "amx_emulated"]
+DTYPES = (torch.float32, torch.bfloat16)
+ROUNDING_LEVELS = [level for level in LEVELS if level in ("avx512bf16", "amx", "amx_emulated")]
+"""Those whose scores come from products of bfloat16."""
+
+score_rows = st.tuples(
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.sampled_from(["normal", "ties", "equal", "infinite", "softmax"]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**20),
+)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=150, deadline=None)
+@given(row=score_rows)
+def test_topk_is_exact(level: str, row: tuple[int, int, str, torch.dtype, int]) -> None:
+    columns, count, kind, dtype, seed = row
+    count = min(count, columns)
+    scores = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
+    if kind == "ties":
+        scores = scores.round()  # -0 and +0 are equal
+    elif kind == "equal":
+        scores = torch.full_like(scores, -1e-42)
+    elif kind == "infinite":
+        scores = (scores * 1e38) * 10
+    elif kind == "softmax":
+        scores = (scores * 30).softmax(-1)
+    scores = scores.to(dtype)
+    with cpu.force_level(level):
+        got = native_topk(scores, count)
+    assert got.dtype == torch.int32
+    want = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+    assert torch.equal(got.long(), want)
+    assert torch.equal(scores.gather(-1, got.long()).sort(-1).values, scores.topk(count).values.sort(-1).values)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+def test_topk_refuses_nan(level: str, nan: float) -> None:
+    scores = torch.randn(5, 100)
+    scores[3, 99] = nan
+    with cpu.force_level(level), pytest.raises(ValueError, match="row 3 of the scores holds NaN"):
+        native_topk(scores, 10)
+
+
+def test_topk_refuses_more_than_there_is() -> None:
+    with pytest.raises(ValueError, match="0 <= k <= 4"):
+        native_topk(torch.zeros(1, 4), 5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("grid", "block"), [((8, 8), (4, 4)), ((9, 13), (4, 5)), ((1, 3), (1, 1))])
+def test_pooling(level: str, dtype: torch.dtype, grid: tuple[int, int], block: tuple[int, int]) -> None:
+    blocks = Tiling(grid, block, 2)
+    x = torch.randn(2, blocks.num_tokens, 3 * 48).unflatten(-1, (3, 48)).transpose(1, 2).to(dtype)
+    with cpu.force_level(level):
+        got = pool_blocks(x, blocks)
+    want = blocks.mean_patches(x[:, :, 2:].double())
+    assert (got.double() - want).abs().max() <= torch.finfo(dtype).eps * 4
+    trained = x.clone().requires_grad_()
+    assert pool_blocks(trained, blocks).requires_grad
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("grid", "tile", "prefix"), [((16, 16), (4, 4), 1), ((13, 18), (4, 8), 5), ((7, 9), (1, 1), 0)]
+)
+def test_groups_and_stakes_are_those_of_torch(
+    level: str, dtype: torch.dtype, grid: tuple[int, int], tile: tuple[int, int], prefix: int
+) -> None:
+    tiling = Tiling(grid, tile, prefix)
+    q, v = torch.randn(2, 2, 3, tiling.num_tokens, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for keep_prefix in (True, False):
+        predictor = PooledPredictor(SparsifinerConfig(query_tile=tile, tail=(4, 4), keep_prefix=keep_prefix))
+        with cpu.force_level(level), torch.no_grad():
+            stakes = predictor.stakes(v, tiling)
+        torch.testing.assert_close(stakes.double(), predictor.stakes(v.double(), tiling), rtol=1e-5, atol=1e-5)
+    tokens = tiling.tokens(q.device).long()
+    tokens = torch.where(tokens >= 0, tokens, tokens[:, :1])
+    weights = predictor.groups(q.double(), tiling)
+    want = weights @ q.double()[:, :, tokens.flatten()].unflatten(2, tokens.shape)
+    start = Tiling(tile, predictor.group_block(tiling)).tile_of_patch(q.device).to(torch.int32)
+    steps = predictor.config.query_refine if weights.shape[3] < tiling.tile_size else 0
+    with cpu.force_level(level):
+        got = native_group_queries(q, tiling.tokens(q.device), start, weights.shape[3], steps)
+    assert got.shape == want.shape
+    # A query halfway between two centres may join either; all others must agree. In a border tile several groups
+    # can start as copies of the first query, equally near to it.
+    whole = (tiling.tokens(q.device) >= 0).all(-1)
+    agrees = ((got.double() - want).abs() <= 4 * torch.finfo(dtype).eps).all(-1)[:, :, whole]
+    assert agrees.double().mean() > 0.99
+
+
+@pytest.mark.parametrize("level", ROUNDING_LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(
+    width=st.sampled_from([16, 48, 64, 128]),
+    num_tokens=st.integers(2, 200),
+    tiles=st.integers(1, 20),
+    members=st.integers(1, 5),
+    share=st.floats(0, 1),
+    weighted=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_rounded_scores_select_the_best_keys(
+    level: str,
+    dtype: torch.dtype,
+    width: int,
+    num_tokens: int,
+    tiles: int,
+    members: int,
+    share: float,
+    weighted: bool,
+    seed: int,
+) -> None:
+    """Of queries and keys rounded to bfloat16: no key left out beats a selected one by more than sums explain."""
+    g = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(2, 2, tiles, members, width, generator=g).to(dtype)
+    k = torch.randn(2, 2, num_tokens, width, generator=g).to(dtype)
+    weight = torch.rand(2, 2, num_tokens - 1, generator=g) + 0.01 if weighted else None
+    count = 1 + int(share * (num_tokens - 2))
+    with cpu.force_level(level):
+        got = native_tile_keys(pooled, k, weight, 1, count, width**-0.5, False).long()
+    assert (got[..., 0] == 0).all()
+    assert (got.diff(dim=-1) > 0).all()
+    logits = pooled.bfloat16().double() @ k[:, :, None, 1:].bfloat16().double().transpose(-1, -2) * width**-0.5
+    scores = logits.log_softmax(-1).amax(-2)
+    if weight is not None:
+        scores = scores + weight.double().log()[:, :, None]
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, got[..., 1:] - 1, True)
+    worst_chosen = scores.masked_fill(~chosen, torch.inf).amin(-1)
+    best_left = scores.masked_fill(chosen, -torch.inf).amax(-1)
+    # A sum of exponentials is good to 1e-4, and two of them meet where queries are merged.
+    assert (worst_chosen >= best_left - 3e-4).all()
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level not in ROUNDING_LEVELS])
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+@pytest.mark.parametrize(
+    ("grid", "tile", "tail"),
+    [((16, 16), (4, 4), (4, 4)), ((13, 11), (4, 4), (3, 3)), ((9, 9), (1, 1), None), ((16, 16), (4, 8), (4, 4))],
+)
+def test_fused_prediction_selects_what_the_torch_path_selects(level, reduction, grid, tile, tail) -> None:
+    """Scoring, merging, weighting by what the tail would get wrong, and selection in one pass."""
+    tiling = Tiling(grid, tile, 1)
+    config = SparsifinerConfig(query_tile=tile, tail=tail, reduction=reduction, keep_rate=0.2)
+    predictor = build_predictor(config, num_heads=3, head_dim=64, grid=grid, num_prefix_tokens=1)
+    q, k, v = torch.randn(3, 2, 3, tiling.num_tokens, 64, generator=torch.Generator().manual_seed(0)) * 1.5
+    with cpu.force_level(level):
+        fused = predictor(q, k, v, tiling, 0.125)
+    stepwise = super(PooledPredictor, predictor).forward(q, k, v, tiling, 0.125)
+    assert torch.equal(fused.to_mask(), stepwise.to_mask())
+    assert (fused.indices.diff(dim=-1) > 0).all()
