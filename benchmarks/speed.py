@@ -1,0 +1,164 @@
+"""The speed table: operator, layer and whole models, dense beside sparse, interleaved in one process.
+
+    python benchmarks/speed.py benchmarks/results/speed.json
+
+Models have random weights, since only time is measured. Each side of a whole model runs eager and under
+``torch.compile``. Finished cases are kept in the output file and not measured again; ``--only TEXT`` runs the cases
+whose name contains it. ``pip install openvino`` adds OpenVINO's dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from sparsifiner import SparsifinerConfig, cpu, sparsify
+from sparsifiner.analysis.benchmark import Measured, measure_model, measure_operator
+from sparsifiner.analysis.latency import interleave_all
+from sparsifiner.analysis.memory import measure_memory
+from sparsifiner.analysis.report import this_machine
+from sparsifiner.files import write_atomically
+
+ALWAYS = SparsifinerConfig(keep_rate=0.1, dense_below=0)
+WIDE = dict(query_tile=(4, 8), query_pool=(2, 4))
+SIDES = (14, 20, 24, 32, 48, 64, 96)
+KEEP_RATES = (0.05, 0.1, 0.25)
+
+
+def model(name: str, size: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, img_size=size, num_classes=0).eval()
+
+
+def whole(
+    name: str, size: int, config: SparsifinerConfig, dtype: torch.dtype = torch.bfloat16, **settings: Any
+) -> list[Measured]:
+    settings = {"compiled": True, "repeats": 5, **settings}
+    return [measure_model(model(name, size), config, (size, size), title=name, dtype=dtype, **settings)]
+
+
+def openvino_dense(size: int) -> list[Measured]:
+    """OpenVINO's dense bfloat16 model beside torch's dense and the sparse bfloat16 models."""
+    import numpy
+    import openvino
+
+    dense = model("vit_small_patch16_224", size)
+    x = torch.randn(1, 3, size, size)
+    converted = openvino.convert_model(dense, example_input=x)
+    settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    array: Any = numpy.ascontiguousarray(x.numpy())
+    dense, x = dense.bfloat16(), x.bfloat16()
+    sparse = sparsify(dense, SparsifinerConfig(keep_rate=0.1))
+    wide = sparsify(dense, SparsifinerConfig(keep_rate=0.1, **WIDE))
+    work: dict[str, Callable[[], object]] = {
+        "OpenVINO dense": lambda: compiled(array),
+        "dense": lambda: dense(x),
+        "sparse": lambda: sparse(x),
+        "sparse, 4x8 tiles": lambda: wide(x),
+    }
+    with torch.inference_mode():
+        seconds = interleave_all(work, repeats=5, warmup=1)
+    title = f"vit_small_patch16_224, {size} px, batch 1, bfloat16, keep 0.1"
+    return [Measured(title, {"image_size": [size, size], "openvino": openvino.__version__}, seconds, "OpenVINO dense")]
+
+
+def memory(size: int) -> dict[str, Any]:
+    dense = model("vit_small_patch16_224", size).bfloat16()
+    x = torch.randn(1, 3, size, size).bfloat16()
+    sparse = sparsify(dense, SparsifinerConfig(keep_rate=0.05))
+    peaks = {"dense": measure_memory(dense, x), "sparse": measure_memory(sparse, x)}
+    return {
+        "title": f"vit_small_patch16_224, {size} px, batch 1, bfloat16, keep 0.05: peak memory",
+        "bytes": {name: asdict(found) for name, found in peaks.items()},
+        "sparse_over_dense": peaks["sparse"].total_bytes / peaks["dense"].total_bytes,
+    }
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "operator, 4x8 tiles, 410 + 128 keys": lambda: measure_operator(
+        (64, 64), ALWAYS.replace(**WIDE, tail=(4, 8)), num_prefix_tokens=0
+    ),
+    "layer, default": lambda: measure_operator((64, 64), ALWAYS),
+    "layer, 4x8 tiles": lambda: measure_operator((64, 64), ALWAYS.replace(**WIDE)),
+    **{
+        f"tokens, {side * side} patches, keep {rate}": partial(
+            measure_operator, (side, side), ALWAYS.replace(keep_rate=rate), repeats=5, max_seconds=20
+        )
+        for side in SIDES
+        for rate in KEEP_RATES
+    },
+    "1024 px, bfloat16": lambda: whole("vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1)),
+    "1024 px, bfloat16, 4x8 tiles": lambda: whole(
+        "vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1, **WIDE)
+    ),
+    "1024 px, float32": lambda: whole("vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1), torch.float32),
+    "1024 px, float32, 4x8 tiles": lambda: whole(
+        "vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1, **WIDE), torch.float32
+    ),
+    "1036 px, ViT-S/14, bfloat16": lambda: whole("vit_small_patch14_dinov2", 1036, SparsifinerConfig(keep_rate=0.1)),
+    "1036 px, ViT-S/14, bfloat16, 4x8 tiles": lambda: whole(
+        "vit_small_patch14_dinov2", 1036, SparsifinerConfig(keep_rate=0.1, **WIDE)
+    ),
+    "1024 px, OpenVINO": lambda: openvino_dense(1024),
+    "1536 px, bfloat16": lambda: whole("vit_small_patch16_224", 1536, SparsifinerConfig(keep_rate=0.1), repeats=3),
+    "1536 px, bfloat16, 4x8 tiles": lambda: whole(
+        "vit_small_patch16_224", 1536, SparsifinerConfig(keep_rate=0.1, **WIDE), repeats=3
+    ),
+    "2048 px, bfloat16, keep 0.05": lambda: whole(
+        "vit_small_patch16_224", 2048, SparsifinerConfig(keep_rate=0.05), repeats=3, compiled=False
+    ),
+    "2048 px, bfloat16, keep 0.05, 4x8 tiles": lambda: whole(
+        "vit_small_patch16_224", 2048, SparsifinerConfig(keep_rate=0.05, **WIDE), repeats=3, compiled=False
+    ),
+    "224 px, batch 8, ViT-S/16, float32": lambda: whole(
+        "vit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), torch.float32, batch=8, repeats=25
+    ),
+    "224 px, batch 8, ViT-S/16, bfloat16": lambda: whole(
+        "vit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), batch=8, repeats=25
+    ),
+    "224 px, batch 8, DeiT-S, float32": lambda: whole(
+        "deit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), torch.float32, batch=8, repeats=25
+    ),
+    "224 px, batch 8, DeiT-S, bfloat16": lambda: whole(
+        "deit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), batch=8, repeats=25
+    ),
+    "2048 px, memory": lambda: memory(2048),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    for name, measure in CASES.items():
+        if arguments.only not in name or name in results:
+            continue
+        found = measure()
+        entries = [found] if isinstance(found, dict) else [item.to_dict() for item in found]
+        results[name] = {
+            "machine": asdict(this_machine(torch.device("cpu"))),
+            "level": cpu.level(),
+            "load": os.getloadavg()[0],
+            "measured": entries,
+        }
+        write_atomically(arguments.output, json.dumps(results, indent=1) + "\n")
+        for entry in entries:
+            ratios = {key: round(value, 2) for key, value in entry.get("speedup", {}).items()}
+            print(f"{name}: {entry['title']}: {ratios or entry['sparse_over_dense']}", flush=True)
+        torch.compiler.reset()
+
+
+if __name__ == "__main__":
+    main()
