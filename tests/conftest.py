@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -42,3 +43,22 @@ def images() -> Callable[..., Tensor]:
         return torch.randn(*size, generator=torch.Generator().manual_seed(1))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train`` and ``val`` with three classes of eight 40x40 pictures each; a class has a colour."""
+    import numpy
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    random = numpy.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(3):
+            folder = root / split / f"class{number}"
+            folder.mkdir(parents=True)
+            for picture in range(8):
+                pixels = random.integers(0, 128, (40, 40, 3), dtype="uint8")
+                pixels[..., number] += 127
+                Image.fromarray(pixels).save(folder / f"{picture}.png")
+    return root

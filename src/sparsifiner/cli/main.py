@@ -61,6 +61,8 @@ def build_app() -> Any:
     from .benchmark import benchmark
     from .info import info
     from .report import report
+    from .train import train
+    from .validate import validate
 
     app = typer.Typer(
         name="sparsifiner",
@@ -73,6 +75,8 @@ def build_app() -> Any:
     app.command()(report)
     app.command()(benchmark)
     app.command()(info)
+    app.command()(train)
+    app.command()(validate)
     return app
 
 

@@ -1,0 +1,109 @@
+"""The models of a run: the student, its teacher, and how they are saved."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import SparsifinerConfig
+from ..convert import densify, sparse_layers, sparsify
+from ..models import load_model
+from ..saving import save_pretrained
+from .recipe import PhaseConfig, TrainConfig
+
+
+def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, nn.Module | None]:
+    """The student, and the dense teacher where the recipe's losses need one.
+
+    Args:
+        config: the recipe.
+        num_classes: width of the student's head; the model's own if None.
+
+    Raises:
+        ValueError: in one line, if a model cannot be had, or its kind does not fit the recipe.
+    """
+    base: Any = load_model(
+        config.model,
+        img_size=config.data.size,
+        num_classes=num_classes,
+        pretrained=config.pretrained,
+        model_args=config.model_args,
+    )
+    saved = is_sparse(base)
+    if saved != (config.sparsity == "saved"):
+        raise ValueError(
+            f"{config.model} is sparse already and has its own settings; set sparsity=saved"
+            if saved
+            else f"sparsity is 'saved', but {config.model} is a dense model; give the settings"
+        )
+    if saved:
+        config.check_phases(next(iter(sparse_layers(base).values())).config)
+    teacher = _teacher(config, base)
+    settings = config.sparse_config()
+    return base if settings is None else sparsify(base, settings, inplace=True), teacher
+
+
+def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
+    """The teacher if any phase needs one."""
+    if not any(needs_teacher(config, phase) for phase in config.phases):
+        return None
+    if config.teacher != "same":
+        return load_model(config.teacher, img_size=config.data.size)
+    known = (getattr(base, "pretrained_cfg", None) or {}).get("num_classes")
+    if config.pretrained and base.num_classes != known and any("kl" in phase.losses for phase in config.phases):
+        raise ValueError(
+            f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach logits; train it "
+            f"dense first and name its folder as model, name another teacher, or leave out the loss kl"
+        )
+    return densify(base) if is_sparse(base) else copy.deepcopy(base)
+
+
+def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
+    """Whether a phase asks the teacher anything.
+
+    Attention is the student's own as long as only the predictor learns: then it is that of the same teacher.
+    """
+    own_attention = phase.train == "predictor" and config.teacher == "same"
+    attention = "attn_recon" in phase.losses and not own_attention and config.teacher != "none"
+    return bool(set(phase.losses) & {"kl", "token_mse"}) or attention
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether a model has sparse layers."""
+    try:
+        return bool(sparse_layers(model))
+    except ValueError:
+        return False
+
+
+def sparse_config(model: nn.Module) -> SparsifinerConfig | None:
+    """The settings of the first sparse layer, or None for a dense model."""
+    return next(iter(sparse_layers(model).values())).config if is_sparse(model) else None
+
+
+def save_model(model: nn.Module, folder: Path, config: TrainConfig) -> None:
+    """Write a trained model: a sparse one as ``save_pretrained`` does, a dense one in timm's own format.
+
+    Either folder is a model name for ``load_model``.
+    """
+    if is_sparse(model):
+        save_pretrained(model, folder, model_args=_model_args(model, config) if config.model_args else None)
+        return
+    from timm.models import save_for_hf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        save_for_hf(model, made, model_args=_model_args(model, config), safe_serialization=True)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(made) / name, folder / name)
+
+
+def _model_args(model: Any, config: TrainConfig) -> dict[str, Any]:
+    size = getattr(model.patch_embed, "img_size", None)
+    found = {"num_classes": model.num_classes, **({} if size is None else {"img_size": list(size)})}
+    return {**{name: list(v) if isinstance(v, tuple) else v for name, v in config.model_args.items()}, **found}
