@@ -16,7 +16,7 @@ TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads
 
 
 def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
-    """With plain gradient descent at rate 1 the change of the weights is the gradient."""
+    """With plain gradient descent the change of the weights is the gradient, but for a factor."""
     recipe = {
         "model": "vit_tiny_patch16_224",
         "pretrained": False,
@@ -28,7 +28,7 @@ def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
         "optimizer": "sgd",
         "weight_decay": 0.0,
         "augment": {"mixup": 0, "cutmix": 0},
-        "phases": [{"name": "joint", "steps": 2, "lr": 1.0, "train": "all", "losses": {"ce": 1.0, "attn_recon": 0.1}}],
+        "phases": [{"name": "joint", "steps": 1, "lr": 0.1, "train": "all", "losses": {"ce": 1.0, "attn_recon": 0.1}}],
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -47,6 +47,6 @@ def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
     for name in a:
         step = (a[name] - c[name]).abs().max()
         assert torch.allclose(a[name], b[name], rtol=0, atol=1e-5 * float(step) + 1e-6), name
-    assert sum(float((a[name] - c[name]).abs().max()) > 1e-3 for name in a) > len(a) / 2
+    assert sum(float((a[name] - c[name]).abs().max()) > 1e-4 for name in a) > len(a) / 2
     assert f"{one.accuracy['model'].to_dict()['top1']:.2%}" in done.stdout
     assert start.accuracy["model"].images == 7

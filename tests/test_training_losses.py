@@ -80,7 +80,7 @@ def test_least_scores_and_basis_size():
     rows = scores_of(predictor, q, k, tiling).sort(dim=-1).values
     kept = -(-65 // 4)
     assert torch.allclose(losses.least_scores(predictor, q, k, tiling), rows[..., : 65 - kept].abs().mean(), rtol=1e-5)
-    assert losses.basis_size(predictor) == pytest.approx(float(predictor.w_up.abs().mean()))
+    assert losses.basis_size(predictor).item() == pytest.approx(predictor.w_up.abs().mean().item())
 
 
 def test_the_ratio_loss_drives_the_kept_share_to_the_keep_rate():

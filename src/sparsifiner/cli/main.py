@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if code is None:
                 raise
     if code == INTERRUPTED:  # the parser turns the exception into the code
-        _say("interrupted; nothing was written")
+        _say("interrupted; no half-written file was left")
     sys.exit(code if isinstance(code, int) else 0)
 
 

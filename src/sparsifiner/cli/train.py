@@ -32,8 +32,12 @@ def train(
     def say(text: str) -> None:
         stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    with progress_on(stderr) as progress:
-        result = run(config, output, cpu=cpu, progress=progress, say=say)
+    try:
+        with progress_on(stderr) as progress:
+            result = run(config, output, cpu=cpu, progress=progress, say=say)
+    except KeyboardInterrupt:
+        say("the same command goes on from the last checkpoint")
+        raise
     from accelerate import PartialState
 
     if not PartialState().is_main_process:

@@ -91,7 +91,11 @@ def _print(result: Validation, console: Console) -> None:
 
     size = "x".join(str(side) for side in result.img_size)
     first = result.rows[0].accuracy
-    table = Table(title=f"{result.model} at {size} px, {first.images} images, {result.dtype}", title_justify="left")
+    console.print(
+        f"{result.model}: {first.images} images at {size} px, {result.dtype}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table()
     for column in ("", "top-1", "95 % interval", "top-5", "loss", "GMACs", "MHSA MMACs", "images/s"):
         table.add_column(column, justify="left" if not column else "right")
     for row in result.rows:

@@ -55,8 +55,8 @@ def load_model(
     else:
         timm_name = BUILTIN if name == "builtin" else name
         _check_known(name, timm_name)
-    settings = {"img_size": img_size, "num_classes": num_classes}
-    settings = {**(model_args or {}), **{key: value for key, value in settings.items() if value is not None}}
+    asked = {"img_size": img_size, "num_classes": num_classes}
+    settings: dict[str, Any] = {**(model_args or {}), **{key: v for key, v in asked.items() if v is not None}}
     try:
         return timm.create_model(timm_name, pretrained=pretrained or "local-dir:" in timm_name, **settings).eval()
     except TypeError as error:

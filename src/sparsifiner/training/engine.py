@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .data import Samples, TrainBatches, train_loader, train_transform, validation_loader, validation_transform
 from .objective import Objective
 from .phases import enter_phase, make_optimizer, make_scheduler, set_reconstruction, set_training_mode
-from .randomness import deterministic_algorithms, seeded
+from .randomness import deterministic_algorithms, seed_of, seeded
 from .recipe import PhaseConfig, TrainConfig
 from .sources import ImageSource, open_source
 from .student import build_models, needs_teacher, save_model
@@ -125,9 +125,7 @@ class Run:
             teacher.to(accelerator.device)
         normalisation = resolve_model_data_config(student)
         size = data.size or tuple(student.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
-        self.samples = Samples(
-            self.source, train_transform(config.augment, size, normalisation), config.seed, replace_broken=True
-        )
+        self.transform = train_transform(config.augment, size, normalisation)
         self.val_samples = None
         if self.val_source is not None:
             transform = validation_transform(size, normalisation)
@@ -171,11 +169,12 @@ class Run:
             accelerator.scaler.load_state_dict(resumed.scaler)
         mix = self._mixup()
         micro = config.accumulation
+        samples = Samples(self.source, self.transform, seed_of(config.seed, number), replace_broken=True)
         batches = TrainBatches(
-            len(self.samples), config.batch_size, self.updates_per_epoch * micro, total * micro,
+            len(samples), config.batch_size, self.updates_per_epoch * micro, total * micro,
             start=start * micro, seed=(config.seed, number), rank=self.rank, world=self.world,
         )  # fmt: skip
-        loader = iter(train_loader(self.samples, batches, config.data.workers))
+        loader = iter(train_loader(samples, batches, config.data.workers))
         meter = Meter()
         stage = f"phase {number + 1} of {len(config.phases)}: {phase.name}"
         for update in range(start, total):
@@ -207,6 +206,7 @@ class Run:
                 self.accuracy = self._validate(number, done, stage)
                 set_training_mode(self.student, phase)
             if done < total and (epoch_ends or done % config.checkpoint_every == 0):
+                meter.check(phase.name, done)
                 self._save(number, done, plain_optimizer)
             if self.on_update is not None:
                 self.on_update(number, done)
@@ -238,7 +238,7 @@ class Run:
 
     def _validation_source(self) -> ImageSource | None:
         data = self.config.data
-        if data.val_split is None:
+        if data.val_split is None or data.source == "images":
             return None
         source = open_source(
             data.source, data.path, data.val_split, train=False, download=data.download, limit=data.val_limit
@@ -256,13 +256,8 @@ class Run:
     ) -> None:
         if done % self.config.log_every and done != total:
             return
+        meter.check(phase.name, done)
         values = meter.means(lambda values: self.accelerator.reduce(values, "mean"))
-        bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
-        if bad:
-            raise ValueError(
-                f"the loss {bad[0]} is not finite at step {done} of phase {phase.name}; lower lr, set clip_grad, "
-                f"or use precision=bf16 instead of fp16"
-            )
         entry = {"phase": number, "update": done, "lr": max(group["lr"] for group in optimizer.param_groups), **values}
         self.history.append(entry)
         self.accelerator.log(
@@ -340,7 +335,7 @@ class Run:
             accuracy = self._validate(last, self.config.phases[last].num_updates(self.updates_per_epoch), "end")
         if self.accelerator.is_main_process:
             for name, model in models.items():
-                save_model(model, self.folder / name, self.config)
+                save_model(model, self.folder / name)
             result = {
                 "accuracy": {name: value.to_dict() for name, value in accuracy.items()},
                 "broken": self.broken,
@@ -363,6 +358,15 @@ class Meter:
         for name, value in {"loss": total, **parts}.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.float()
         self.count += 1
+
+    def check(self, phase: str, done: int) -> None:
+        """Stop before a checkpoint of a run that went wrong takes the place of a sound one."""
+        for name, value in self.sums.items():
+            if not torch.isfinite(value):
+                raise ValueError(
+                    f"the loss {name} is not finite at step {done} of phase {phase}; lower lr, set clip_grad, "
+                    f"or use precision=bf16 instead of fp16"
+                )
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means over all processes; counting starts anew."""

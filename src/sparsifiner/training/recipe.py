@@ -14,7 +14,7 @@ from ..config import SparsifinerConfig
 LOSSES = ("ce", "kl", "token_mse", "attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
 SCORE_LOSSES = ("attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
 TRAINABLE = ("predictor", "backbone", "head", "all")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 SOURCES = "folder, images, cifar10-png, torch/<name> or hf/<name>"
 
@@ -220,7 +220,7 @@ class TrainConfig:
         augment: their random changes.
         batch_size: images per process and forward pass.
         accumulation: forward passes per optimiser step.
-        precision: ``no`` (float32), ``bf16`` or ``fp16`` autocast.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
         optimizer: a name of timm's.
         weight_decay: on matrices; biases and norms have none.
         clip_grad: largest norm of the gradient, or None.
@@ -248,7 +248,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch_size: int = 64
     accumulation: int = 1
-    precision: str = "no"
+    precision: str = "fp32"
     optimizer: str = "adamw"
     weight_decay: float = 0.05
     clip_grad: float | None = None
@@ -353,7 +353,7 @@ def number(
     if value is None and optional:
         return
     kind = int if whole else (int, float)
-    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
     if fits:
         assert isinstance(value, (int, float))
         fits = not (

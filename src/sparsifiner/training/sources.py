@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,27 +112,39 @@ class CifarPngSource(ImageSource):
         return int(self.labels[number])
 
 
-class ListSource(ImageSource):
-    """Anything indexable: torchvision and Hugging Face data sets."""
+class TorchvisionSource(ImageSource):
+    """A torchvision classification set, opened."""
 
-    def __init__(
-        self,
-        length: int,
-        image: Callable[[int], Image],
-        label: Callable[[int], int],
-        classes: list[str] | None,
-    ) -> None:
-        self.classes = classes
-        self._length, self._image, self._label = length, image, label
+    def __init__(self, dataset: Any, classes: list[str]) -> None:
+        self.dataset, self.classes = dataset, classes
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.dataset)
 
     def image(self, number: int) -> Image:
-        return self._image(number).convert("RGB")
+        return self.dataset[number][0].convert("RGB")
 
     def label(self, number: int) -> int:
-        return self._label(number)
+        targets = getattr(self.dataset, "targets", None)
+        return int(self.dataset[number][1] if targets is None else targets[number])
+
+
+class HuggingFaceSource(ImageSource):
+    """A Hugging Face data set, opened; its first column of images and the first of class labels."""
+
+    def __init__(self, dataset: Any, image: str, label: str | None) -> None:
+        self.column, self.pictures = image, dataset.select_columns([image])
+        self.labels = None if label is None else [int(number) for number in dataset[label]]
+        self.classes = None if label is None else list(dataset.features[label].names)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def image(self, number: int) -> Image:
+        return self.pictures[number][self.column].convert("RGB")
+
+    def label(self, number: int) -> int:
+        return -1 if self.labels is None else self.labels[number]
 
 
 class Subset(ImageSource):
@@ -197,12 +208,10 @@ def _torchvision(name: str, folder: Path, split: str, *, train: bool, download: 
         raise ValueError(
             f"torchvision's {name} cannot be opened in {folder}: {one_line(error)}; data.download=true fetches it"
         ) from error
-    targets = getattr(dataset, "targets", None)
-    label = (lambda n: int(dataset[n][1])) if targets is None else (lambda n: int(targets[n]))
     classes = getattr(dataset, "classes", None)
     if classes is None:
         raise ValueError(f"torchvision's {name} has no list of classes; only classification sets serve for training")
-    return ListSource(len(dataset), lambda n: dataset[n][0], label, list(classes))
+    return TorchvisionSource(dataset, list(classes))
 
 
 def _hugging_face(name: str, path: str | None, split: str, *, download: bool) -> ImageSource:
@@ -227,14 +236,7 @@ def _hugging_face(name: str, path: str | None, split: str, *, download: bool) ->
         raise ValueError(
             f"the Hugging Face data set {name or path} has no image column, only {', '.join(loaded.features)}"
         )
-    pictures = loaded.select_columns(images[:1])
-    numbers = loaded[labels[0]] if labels else None
-    return ListSource(
-        len(loaded),
-        lambda n: pictures[n][images[0]],
-        lambda n: -1 if numbers is None else int(numbers[n]),
-        list(loaded.features[labels[0]].names) if labels else None,
-    )
+    return HuggingFaceSource(loaded, images[0], labels[0] if labels else None)
 
 
 def _strip(path: Path) -> Any:

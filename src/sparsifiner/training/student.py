@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from timm.models import get_model_args, save_for_hf
 from torch import nn
 
 from ..config import SparsifinerConfig
@@ -86,24 +87,17 @@ def sparse_config(model: nn.Module) -> SparsifinerConfig | None:
     return next(iter(sparse_layers(model).values())).config if is_sparse(model) else None
 
 
-def save_model(model: nn.Module, folder: Path, config: TrainConfig) -> None:
+def save_model(model: nn.Module, folder: Path) -> None:
     """Write a trained model: a sparse one as ``save_pretrained`` does, a dense one in timm's own format.
 
     Either folder is a model name for ``load_model``.
     """
     if is_sparse(model):
-        save_pretrained(model, folder, model_args=_model_args(model, config) if config.model_args else None)
+        arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in get_model_args(model).items()}
+        save_pretrained(model, folder, model_args=arguments)
         return
-    from timm.models import save_for_hf
-
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        save_for_hf(model, made, model_args=_model_args(model, config), safe_serialization=True)
+        save_for_hf(model, made, safe_serialization=True)
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(made) / name, folder / name)
-
-
-def _model_args(model: Any, config: TrainConfig) -> dict[str, Any]:
-    size = getattr(model.patch_embed, "img_size", None)
-    found = {"num_classes": model.num_classes, **({} if size is None else {"img_size": list(size)})}
-    return {**{name: list(v) if isinstance(v, tuple) else v for name, v in config.model_args.items()}, **found}

@@ -34,7 +34,7 @@ def make_accelerator(config: TrainConfig, folder: Path, *, cpu: bool) -> Acceler
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
-            mixed_precision=config.precision,
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
             gradient_accumulation_steps=config.accumulation,
             cpu=cpu,
             log_with=list(config.trackers) or None,
