@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from ..config import SparsifinerConfig
 from ..convert import densify, sparse_layers, sparsify
 from ..models import load_model
-from ..saving import save_pretrained
+from ..saving import CONFIG_NAME, save_pretrained
 from .recipe import PhaseConfig, TrainConfig
 
 
@@ -55,13 +56,24 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
         return None
     if config.teacher != "same":
         return load_model(config.teacher, img_size=config.data.size)
-    known = (getattr(base, "pretrained_cfg", None) or {}).get("num_classes")
-    if config.pretrained and base.num_classes != known and any("kl" in phase.losses for phase in config.phases):
+    if (
+        config.pretrained
+        and base.num_classes != _trained_classes(config, base)
+        and any("kl" in phase.losses for phase in config.phases)
+    ):
         raise ValueError(
             f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach logits; train it "
             f"dense first and name its folder as model, name another teacher, or leave out the loss kl"
         )
     return densify(base) if is_sparse(base) else copy.deepcopy(base)
+
+
+def _trained_classes(config: TrainConfig, base: Any) -> int | None:
+    """Width of the head that came with the weights."""
+    description = Path(config.model) / CONFIG_NAME
+    if description.is_file():
+        return json.loads(description.read_text())["model_args"].get("num_classes")
+    return (getattr(base, "pretrained_cfg", None) or {}).get("num_classes")
 
 
 def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
