@@ -160,7 +160,7 @@ def test_only_what_a_phase_trains_changes(recipe, tmp_path):
     for train_what in ("head", "predictor", "backbone"):
         loss = {"predictor": {"attn_recon": 1.0}}.get(train_what, {"ce": 1.0})
         phase = {"name": "joint", "steps": 1, "train": train_what, "losses": loss, "lr": 1e-2}
-        train(recipe(phases=[phase], ema_decay=None, weight_decay=0.1), tmp_path / train_what, cpu=True)
+        train(recipe(phases=[phase], ema_decay=None, weight_decay=0.1, num_classes=3), tmp_path / train_what, cpu=True)
         started[train_what] = weights(tmp_path / train_what)
     names = started["head"].keys()
     head = {name for name in names if not torch.equal(started["head"][name], started["predictor"][name])}

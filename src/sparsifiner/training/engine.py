@@ -271,7 +271,7 @@ class Run:
 
     def _validate(self, number: int, done: int, stage: str) -> dict[str, Accuracy]:
         """Accuracy of the model and of its average, if the validation images have the model's classes."""
-        if self.val_samples is None or not self.student.num_classes:
+        if self.val_samples is None or not self._has_classes_of(self.val_samples.source):
             return {}
         models: dict[str, nn.Module] = {"model": self.student}
         if self.ema is not None:
@@ -297,6 +297,11 @@ class Run:
                 f"{values['images']} images, {values['broken']} broken"
             )
         return found
+
+    def _has_classes_of(self, source: ImageSource) -> bool:
+        """Whether the model's classes are those of the images, as far as their number tells."""
+        classes = len(source.classes or ())
+        return self.student.num_classes == classes or (self.config.num_classes or 0) > classes
 
     def _sum(self, counts: Tensor) -> Tensor:
         return self.accelerator.reduce(counts.to(self.accelerator.device, torch.float64), "sum").cpu()
