@@ -1,4 +1,4 @@
-"""Two processes over gloo, started by ``accelerate launch``, against one."""
+"""Two processes over gloo, started by ``torchrun``, against one."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = f"""-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no
-        --dynamo_backend no --num_cpu_threads_per_process 1 --main_process_port {port} -m sparsifiner.cli train
+    # accelerate's own launcher starts one process only on a CPU; it takes the environment of torch's.
+    launch = f"""-m torch.distributed.run --nproc_per_node 2 --master_port {port} -m sparsifiner.cli train
         --recipe {path} --cpu --output {tmp_path / "two"} batch_size=4"""
     done = subprocess.run([sys.executable, *launch.split()], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["world"] == 2
     one = train(load_recipe(path), tmp_path / "one", cpu=True)
     assert done.stdout.count("written:") == 1, done.stdout  # the second process is silent
     start = train(load_recipe(path, ["phases.0.lr=1e-12", "phases.0.warmup_lr=0"]), tmp_path / "start", cpu=True)

@@ -120,7 +120,8 @@ class Run:
         if classes is not None and self.num_classes is not None and self.num_classes < classes:
             raise ValueError(f"num_classes is {self.num_classes}, but the data has {classes} classes")
         student, teacher = build_models(config, self.num_classes)
-        self.student, self.teacher = student.to(accelerator.device), teacher
+        self.student: Any = student.to(accelerator.device)
+        self.teacher = teacher
         if teacher is not None:
             teacher.to(accelerator.device)
         normalisation = resolve_model_data_config(student)
