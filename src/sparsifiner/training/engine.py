@@ -22,7 +22,7 @@ from .phases import enter_phase, make_optimizer, make_scheduler, set_reconstruct
 from .randomness import deterministic_algorithms, seed_of, seeded
 from .recipe import PhaseConfig, TrainConfig
 from .sources import ImageSource, open_source
-from .student import build_models, needs_teacher, save_model
+from .student import always_sparse, build_models, needs_teacher, save_model
 from .trackers import make_accelerator
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ class Run:
                 self.val_samples, self.config.batch_size, self.config.data.workers, rank=self.rank, world=self.world
             )
             label, count = f"{stage}: validating {name} at step {done}", len(loader)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), always_sparse(model):
                 found[name] = count_correct(
                     model, loader, self.accelerator.device, reduce=self._sum,
                     progress=lambda at, label=label, count=count: self.progress(label, at, count),  # type: ignore[misc]

@@ -6,13 +6,14 @@ import copy
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
-from ..config import SparsifinerConfig
 from ..convert import densify, sparse_layers, sparsify
 from ..models import load_model
 from ..saving import CONFIG_NAME, save_pretrained
@@ -94,9 +95,19 @@ def is_sparse(model: nn.Module) -> bool:
         return False
 
 
-def sparse_config(model: nn.Module) -> SparsifinerConfig | None:
-    """The settings of the first sparse layer, or None for a dense model."""
-    return next(iter(sparse_layers(model).values())).config if is_sparse(model) else None
+@contextmanager
+def always_sparse(model: nn.Module) -> Iterator[None]:
+    """Sparse attention at every size while the block runs, for numbers about sparsity: by itself a model in
+    evaluation mode attends densely where that is faster. Dense models stay dense."""
+    layers = list(sparse_layers(model).values()) if is_sparse(model) else []
+    configs = [layer.config for layer in layers]
+    try:
+        for layer in layers:
+            layer.configure(layer.config.replace(dense_below=0))
+        yield
+    finally:
+        for layer, config in zip(layers, configs, strict=True):
+            layer.configure(config)
 
 
 def save_model(model: nn.Module, folder: Path) -> None:

@@ -19,7 +19,7 @@ from .accuracy import Accuracy, count_correct
 from .data import Samples, validation_loader, validation_transform
 from .recipe import DataConfig
 from .sources import ImageSource, open_source
-from .student import is_sparse
+from .student import always_sparse, is_sparse
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -95,6 +95,9 @@ def validate(
 ) -> Validation:
     """Classify the validation images with the dense model and with the sparse one at each keep rate.
 
+    Attention of the sparse rows is sparse at every size, also where the model by itself would attend densely
+    because that is faster (``SparsifinerConfig.dense_below``).
+
     Args:
         model: ``builtin``, a timm name, a folder ``train`` or ``save_pretrained`` wrote, or a model. A sparse one
             is compared with its dense twin of the same weights.
@@ -128,24 +131,14 @@ def validate(
     x = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     variants: list[tuple[str, nn.Module, float | None]] = [("dense", dense, None)]
     variants += [(f"keep {rate:g}", sparse, rate) for rate in keep_rates] or [("sparse", sparse, None)]
-    rows, broken = [], {}
+    rows: list[Row] = []
+    broken: dict[str, str] = {}
     for name, variant, rate in variants:
         if rate is not None:
             set_keep_rate(variant, rate)
-        loader = validation_loader(samples, batch_size, data.workers)
-        model_of_type = _Cast(variant, dtype)
-        accuracy = count_correct(
-            model_of_type, loader, device,
-            progress=partial(_tell_batches, tell, f"{name}: accuracy", len(loader)),
-        )  # fmt: skip
-        broken.update(accuracy.broken)
-        flops = count_flops(variant, x[:1])
-        speed = None
-        if repeats:
-            tell(f"{name}: speed", 0, 1)
-            speed = _speed(dense, variant, x, repeats)
-            tell(f"{name}: speed", 1, 1)
-        rows.append(Row(name, accuracy, flops.total_macs, flops.mhsa_macs, speed))
+        with always_sparse(variant):
+            rows.append(_measure(name, dense, variant, samples, x, data.workers, repeats, tell))
+        broken.update(rows[-1].accuracy.broken)
     return Validation(
         model if isinstance(model, str) else type(model).__name__,
         rows,
@@ -154,6 +147,29 @@ def validate(
         str(dtype).removeprefix("torch."),
         broken,
     )
+
+
+def _measure(
+    name: str,
+    dense: nn.Module,
+    variant: nn.Module,
+    samples: Samples,
+    x: Tensor,
+    workers: int,
+    repeats: int,
+    tell: Progress,
+) -> Row:
+    """One row; ``x`` is the batch ``[B, 3, H, W]`` that speed is measured on."""
+    loader = validation_loader(samples, len(x), workers)
+    told = partial(_tell_batches, tell, f"{name}: accuracy", len(loader))
+    accuracy = count_correct(_Cast(variant, x.dtype), loader, x.device, progress=told)
+    flops = count_flops(variant, x[:1])
+    speed = None
+    if repeats:
+        tell(f"{name}: speed", 0, 1)
+        speed = _speed(dense, variant, x, repeats)
+        tell(f"{name}: speed", 1, 1)
+    return Row(name, accuracy, flops.total_macs, flops.mhsa_macs, speed)
 
 
 class _Cast(nn.Module):
