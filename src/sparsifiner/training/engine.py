@@ -339,6 +339,10 @@ class Run:
         if accuracy is None:
             last = len(self.config.phases) - 1
             accuracy = self._validate(last, self.config.phases[last].num_updates(self.updates_per_epoch), "end")
+        if self.world > 1:  # each process has met its own images
+            from accelerate.utils import gather_object
+
+            self.broken = dict(gather_object(list(self.broken.items())))
         if self.accelerator.is_main_process:
             for name, model in models.items():
                 save_model(model, self.folder / name)
