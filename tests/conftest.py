@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,3 +62,12 @@ def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels[..., number] += 127
                 Image.fromarray(pixels).save(folder / f"{picture}.png")
     return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose much of their time to them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 
+import pytest
 import torch
 import yaml
 
 from sparsifiner.models import load_model
 from sparsifiner.training import load_recipe, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 

@@ -14,6 +14,7 @@ from sparsifiner.training import engine, train
 from sparsifiner.training.data import Samples
 from sparsifiner.training.recipe_file import from_dict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 

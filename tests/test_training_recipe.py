@@ -16,6 +16,7 @@ from sparsifiner.training.phases import make_scheduler
 from sparsifiner.training.recipe import PhaseConfig, TrainConfig
 from sparsifiner.training.recipe_file import from_dict, load_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 CLS = {"name": "cls", "epochs": 1}
 

@@ -17,6 +17,7 @@ from sparsifiner.training import DataConfig, validate
 from sparsifiner.training.accuracy import count_correct, wilson_interval
 from sparsifiner.training.data import Batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
