@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import timm
@@ -42,3 +43,31 @@ def images() -> Callable[..., Tensor]:
         return torch.randn(*size, generator=torch.Generator().manual_seed(1))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train`` and ``val`` with three classes of eight 40x40 pictures each; a class has a colour."""
+    import numpy
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    random = numpy.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(3):
+            folder = root / split / f"class{number}"
+            folder.mkdir(parents=True)
+            for picture in range(8):
+                pixels = random.integers(0, 128, (40, 40, 3), dtype="uint8")
+                pixels[..., number] += 127
+                Image.fromarray(pixels).save(folder / f"{picture}.png")
+    return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose much of their time to them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -177,9 +177,18 @@ class SparsifinerConfig:
             raise ValueError(f"{path} is not valid YAML or JSON: {one_line(error)}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {settings!r}")
+        try:
+            return cls.from_settings(settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> SparsifinerConfig:
+        """Some settings by name, the others at their defaults; ``preset: paper`` starts from :meth:`paper`."""
+        settings = dict(settings)
         preset = settings.pop("preset", "default")
         if preset not in ("default", "paper"):
-            raise ValueError(f"{path}: preset {preset!r} is unknown; choose default or paper")
+            raise ValueError(f"preset {preset!r} is unknown; choose default or paper")
         base = cls.paper() if preset == "paper" else cls()
         return cls.from_dict({**base.to_dict(), **settings})
 

@@ -199,7 +199,8 @@ def _local_pretrained(architecture: str, arguments: dict[str, Any], dtype: torch
     from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
     pretrained_cfg = timm.get_pretrained_cfg(architecture)
-    if pretrained_cfg is None:
+    # A classifier of another width is drawn anew each time, so that no fingerprint could ever match.
+    if pretrained_cfg is None or arguments.get("num_classes", pretrained_cfg.num_classes) != pretrained_cfg.num_classes:
         return None
     cached = pretrained_cfg.file is not None and os.path.isfile(pretrained_cfg.file)
     if not cached and pretrained_cfg.hf_hub_id:

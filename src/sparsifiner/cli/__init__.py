@@ -1,4 +1,4 @@
-"""The command line: ``sparsifiner report`` and ``sparsifiner info``."""
+"""The command line: ``sparsifiner report``, ``info``, ``train`` and ``validate``."""
 
 from .main import main
 

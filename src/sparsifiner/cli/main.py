@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if code is None:
                 raise
     if code == INTERRUPTED:  # the parser turns the exception into the code
-        _say("interrupted; nothing was written")
+        _say("interrupted; no half-written file was left")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -61,6 +61,8 @@ def build_app() -> Any:
     from .benchmark import benchmark
     from .info import info
     from .report import report
+    from .train import train
+    from .validate import validate
 
     app = typer.Typer(
         name="sparsifiner",
@@ -73,6 +75,8 @@ def build_app() -> Any:
     app.command()(report)
     app.command()(benchmark)
     app.command()(info)
+    app.command()(train)
+    app.command()(validate)
     return app
 
 

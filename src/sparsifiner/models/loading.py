@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,61 @@ from ..messages import one_line
 from ..saving import CONFIG_NAME, from_pretrained
 from .builtin import BUILTIN
 
+TIMM_CONFIG_NAME = "config.json"
 
-def load_model(name: str, *, img_size: tuple[int, int] | None = None) -> nn.Module:
+
+def load_model(
+    name: str,
+    *,
+    img_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    model_args: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A pretrained model in evaluation mode.
 
     Args:
-        name: ``builtin``, a folder written by ``save_pretrained``, or a timm model name.
+        name: ``builtin``, a timm model name, a folder written by ``save_pretrained``, or one in timm's own
+            format (``config.json`` and ``model.safetensors``).
         img_size: height and width in pixels the model is to be built for; its own default if None.
+        num_classes: width of the classifier, which starts anew if the weights have another; their own if None.
+        pretrained: whether to load the weights of a timm model; a folder's are always loaded.
+        model_args: further arguments of ``timm.create_model``.
 
     Raises:
         ValueError: if there is no such model (near matches are named), its weights cannot be had, or it
             cannot be built for ``img_size``.
     """
     if (Path(name) / CONFIG_NAME).is_file():
-        return from_pretrained(name, img_size=img_size).eval()
-    if Path(name).is_dir():
+        if model_args:
+            raise ValueError(
+                f"{name} is a saved sparse model and has its own arguments; leave out {', '.join(model_args)}"
+            )
+        model: Any = from_pretrained(name, img_size=img_size)
+        if num_classes not in (None, model.num_classes):
+            model.reset_classifier(num_classes)
+        return model.eval()
+    if (Path(name) / TIMM_CONFIG_NAME).is_file():
+        timm_name = f"local-dir:{name}"
+    elif Path(name).is_dir():
         raise ValueError(f"the folder {name} holds no saved model: {CONFIG_NAME} is missing")
-    timm_name = BUILTIN if name == "builtin" else name
-    architecture = timm_name.split(".")[0]
-    if not timm_name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, [*timm.list_models(), "builtin"], n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names all"
-        raise ValueError(f"unknown model {name!r}: {hint}")
-    settings: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    else:
+        timm_name = BUILTIN if name == "builtin" else name
+        _check_known(name, timm_name)
+    asked = {"img_size": img_size, "num_classes": num_classes}
+    settings: dict[str, Any] = {**(model_args or {}), **{key: v for key, v in asked.items() if v is not None}}
     try:
-        return timm.create_model(timm_name, pretrained=True, **settings).eval()
+        return timm.create_model(timm_name, pretrained=pretrained or "local-dir:" in timm_name, **settings).eval()
     except TypeError as error:
         raise ValueError(f"{name} cannot be built with {settings}: {one_line(error)}") from error
     except Exception as error:  # a download can fail in as many ways as there are transports
         raise ValueError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
+
+
+def _check_known(name: str, timm_name: str) -> None:
+    architecture = timm_name.split(".")[0]
+    if timm_name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(architecture):
+        return
+    near = difflib.get_close_matches(architecture, [*timm.list_models(), "builtin"], n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names all"
+    raise ValueError(f"unknown model {name!r}: {hint}")

@@ -69,8 +69,8 @@ class LowRankPredictor(Predictor):
         """Patch queries and all keys at the reduced width, ``[B, H, num_patches, d]`` and ``[B, H, N, d]``."""
         return self.q_proj(q[:, :, tiling.num_prefix_tokens :]), self.k_proj(k)
 
-    def coefficients(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
-        """Weights of the basis rows for every patch query, ``[B, H, num_patches, n_down]``; differentiable.
+    def dense_coefficients(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
+        """Weights of all basis rows for every patch query, ``[B, H, num_patches, n_down]``; differentiable.
 
         Args:
             q: queries ``[B, H, N, D]``.
@@ -79,7 +79,11 @@ class LowRankPredictor(Predictor):
         """
         narrow_q, narrow_k = self.narrow(q, k, tiling)
         k_down = narrow_k.transpose(-1, -2) @ self.resampled(self.w_down, tiling, total=True)
-        coef = (narrow_q @ k_down * self.scale).softmax(-1)
+        return (narrow_q @ k_down * self.scale).softmax(-1)
+
+    def coefficients(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
+        """:meth:`dense_coefficients` made sparse, but while reconstructing."""
+        coef = self.dense_coefficients(q, k, tiling)
         if self.reconstructing:
             return coef
         if self.config.coef_topk is not None and self.config.coef_topk < coef.shape[-1]:
@@ -89,9 +93,13 @@ class LowRankPredictor(Predictor):
             return F.threshold(coef, self.config.coef_threshold, 0.0)
         return coef
 
+    def signed_basis(self, tiling: Tiling) -> Tensor:
+        """``W_up`` as it was learned, ``[N, n_down]``."""
+        return self.resampled(self.w_down if self.w_up is None else self.w_up, tiling, total=False)
+
     def basis(self, tiling: Tiling) -> Tensor:
         """``W_up`` as the scores use it, ``[N, n_down]``: absolute and thresholded but while reconstructing."""
-        w_up = self.resampled(self.w_down if self.w_up is None else self.w_up, tiling, total=False)
+        w_up = self.signed_basis(tiling)
         return w_up if self.reconstructing else F.threshold(w_up.abs(), self.config.basis_threshold, 0.0)
 
     def token_scores(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:

@@ -1,0 +1,56 @@
+"""``sparsifiner train``: run a recipe, or go on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Option(help="YAML file; recipes/ holds some.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, such as data.path=photos phases.0.lr=1e-4.", metavar="[NAME=VALUE]..."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for model and checkpoint; an unfinished run in it goes on.")
+    ] = Path("sparsifiner-train"),
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+) -> None:
+    """Train by a recipe: calibrating phases, distillation, classification. Stopped runs continue exactly."""
+    from rich.console import Console
+
+    from ..training.engine import train as run
+    from ..training.recipe_file import load_recipe
+    from .report import progress_on
+
+    config = load_recipe(recipe, overrides or [])
+    stderr = Console(stderr=True)
+
+    def say(text: str) -> None:
+        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        with progress_on(stderr) as progress:
+            result = run(config, output, cpu=cpu, progress=progress, say=say)
+    except KeyboardInterrupt:
+        say("the same command goes on from the last checkpoint")
+        raise
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    stdout = Console(soft_wrap=True)
+    for name, accuracy in result.accuracy.items():
+        shares = accuracy.to_dict()
+        low, high = shares["top1_interval"]
+        stdout.print(
+            f"{name}: top-1 {shares['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}) on {accuracy.images} images",
+            markup=False, highlight=False,
+        )  # fmt: skip
+    if result.broken:
+        stdout.print(f"{len(result.broken)} broken training images were replaced", highlight=False)
+    written = [str(folder) for folder in (result.model, result.ema) if folder is not None]
+    stdout.print(f"written: {' and '.join(written)}", markup=False, highlight=False)

@@ -1,0 +1,114 @@
+"""Accuracy on labelled images, with the interval that the number of images leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import Batch
+
+Z95 = 1.959964  # of the normal distribution, two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over a data set.
+
+    Args:
+        images: how many were classified.
+        top1: how many had their class first.
+        top5: how many had it among the first five.
+        loss: mean cross-entropy.
+        broken: name and reason of the images that could not be read; they are not counted.
+    """
+
+    images: int
+    top1: int
+    top5: int
+    loss: float
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; shares with their 95 % Wilson intervals."""
+        return {
+            "images": self.images,
+            "top1": self.top1 / self.images,
+            "top1_interval": list(wilson_interval(self.top1, self.images)),
+            "top5": self.top5 / self.images,
+            "top5_interval": list(wilson_interval(self.top5, self.images)),
+            "loss": self.loss,
+            "broken": len(self.broken),
+        }
+
+
+def wilson_interval(hits: int, trials: int, z: float = Z95) -> tuple[float, float]:
+    """Confidence interval of a share (Wilson, 1927): sound near 0 and 1, where the normal one is not.
+
+    Args:
+        hits: successes.
+        trials: of so many, at least 1.
+        z: quantile of the normal distribution; 95 % by default.
+    """
+    if not 0 <= hits <= trials or trials < 1:
+        raise ValueError(f"hits must lie between 0 and trials, which is at least 1; got {hits} of {trials}")
+    share, spread = hits / trials, z * z / trials
+    centre = share + spread / 2
+    half = z * math.sqrt((share * (1 - share) + spread / 4) / trials)
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return (0.0 if hits == 0 else low, 1.0 if hits == trials else high)
+
+
+@torch.inference_mode()
+def count_correct(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    *,
+    reduce: Callable[[Tensor], Tensor] = lambda counts: counts,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Accuracy:
+    """Classify every image once; the model is put into evaluation mode.
+
+    Args:
+        model: images ``[B, 3, H, W]`` to logits ``[B, classes]``.
+        batches: with labels.
+        device: where the model is.
+        reduce: sums counts ``[4]`` over processes.
+        progress: told how many batches are done.
+
+    Raises:
+        ValueError: if there is no labelled image, or a label the model has no class for.
+    """
+    model.eval()
+    counts = torch.zeros(4, dtype=torch.float64)
+    broken: dict[str, str] = {}
+    for number, batch in enumerate(batches):
+        broken.update(batch.broken)
+        if len(batch.images):
+            logits = model(batch.images.to(device, non_blocking=True)).float()
+            labels = batch.labels.to(device)
+            _check_labels(logits, labels)
+            best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            found = (torch.tensor(float(len(labels))), best[:, 0].sum(), best.any(-1).sum(), loss)
+            counts += torch.stack([value.double().cpu() for value in found])
+        progress(number + 1)
+    counts = reduce(counts)
+    images = int(counts[0])
+    if not images:
+        raise ValueError("there is no readable image to validate on")
+    return Accuracy(images, int(counts[1]), int(counts[2]), float(counts[3]) / images, broken)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 2 or not logits.shape[-1] or int(labels.max()) >= logits.shape[-1] or int(labels.min()) < 0:
+        raise ValueError(
+            f"the labels reach from {int(labels.min())} to {int(labels.max())}, but the model's logits have shape "
+            f"{list(logits.shape)}; the data must be labelled with the model's own classes"
+        )

@@ -1,0 +1,97 @@
+"""Where a run stands, in one file that is whole or absent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import replacing
+from ..messages import one_line
+from .recipe import TrainConfig
+
+CHECKPOINT_NAME = "checkpoint.pt"
+FORMAT = 1
+# What may differ between the run that wrote a checkpoint and the one that goes on from it.
+FREE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
+
+
+@dataclass
+class Checkpoint:
+    """All that a run needs to go on as if it had never stopped.
+
+    Randomness is not among it: every random number is a function of seed, phase, update and process.
+
+    Args:
+        recipe: the recipe, as plain values.
+        phase: number of the phase that goes on.
+        update: optimiser steps done in it.
+        student: state dict of the model.
+        optimizer: state dict, or None at the start of a phase.
+        scaler: state dict of the fp16 gradient scaler, or None.
+        ema: state dict of the averaged model, or None.
+        world: number of processes.
+        history: log entries so far.
+        broken: name and reason of the images that could not be read so far.
+    """
+
+    recipe: dict[str, Any]
+    phase: int
+    update: int
+    student: dict[str, Any]
+    optimizer: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+    ema: dict[str, Any] | None = None
+    world: int = 1
+    history: list[dict[str, Any]] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Replace the checkpoint of the folder."""
+    values = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    with replacing(folder / CHECKPOINT_NAME) as temporary:
+        torch.save({"format": FORMAT, **values}, temporary)
+
+
+def load_checkpoint(folder: Path, config: TrainConfig, world: int) -> Checkpoint | None:
+    """The checkpoint of the folder, or None if it has none.
+
+    Raises:
+        ValueError: if it cannot be read, or belongs to another recipe or number of processes.
+    """
+    path = folder / CHECKPOINT_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        if values.pop("format") != FORMAT:
+            raise ValueError("it is of another version")
+        checkpoint = Checkpoint(**values)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); start anew with another --output") from error
+    differing = sorted(set(_flat(checkpoint.recipe).items()) ^ set(_flat(config.to_dict()).items()))
+    names = sorted({name for name, _ in differing} - FREE)
+    if names:
+        raise ValueError(
+            f"{folder} holds a run of a different recipe ({', '.join(names)}); continue it with its own settings, "
+            f"or start anew with another --output"
+        )
+    if checkpoint.world != world:
+        raise ValueError(
+            f"{folder} holds a run over {checkpoint.world} processes, now there are {world}; "
+            f"continue with as many, or start anew with another --output"
+        )
+    return checkpoint
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``{"data.path": "..."}``, values as JSON."""
+    if isinstance(values, dict) and values:
+        return {k: v for name, item in values.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return {k: v for n, item in enumerate(values) for k, v in _flat(item, f"{prefix}.{n}").items()}
+    return {prefix: json.dumps(values)}

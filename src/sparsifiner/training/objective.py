@@ -1,0 +1,190 @@
+"""One forward pass of training: student, teacher, and the weighted sum of the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparsifinerConfig
+from ..convert import sparse_layers, sparsify
+from ..predictors import LowRankPredictor
+from ..recording import LayerRecord, record
+from . import losses
+
+FROM_OUTPUTS = {"ce", "kl", "token_mse"}
+FROM_TEACHER = {"kl", "token_mse"}
+FROM_QUERIES = {"attn_recon", "attn_self_distill", "least_k", "ratio"}
+
+
+class Objective(nn.Module):
+    """The training loss as a module, so that distributed training wraps all of it.
+
+    Args:
+        student: a timm Vision Transformer, dense or sparse.
+        teacher: a dense one that gives the targets, or None. It is no submodule: it has no gradients, is not
+            saved, and is not moved with this module.
+        weights: weight of each loss by name (:data:`recipe.LOSSES`).
+        smoothing: label smoothing, for targets that are class numbers.
+
+    Raises:
+        ValueError: if the teacher's outputs or attention layers do not fit the student's.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, weights: Mapping[str, float], smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.weights = dict(weights)
+        self.smoothing = smoothing
+        self._teacher = (None if teacher is None else Teacher(teacher, attention="attn_recon" in weights),)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self._teacher[0]
+
+    def forward(self, images: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss and the unweighted parts, detached.
+
+        Args:
+            images: ``[B, 3, H, W]``.
+            target: class numbers ``[B]``, shares ``[B, classes]``, or None where no loss needs labels.
+        """
+        wanted = set(self.weights)
+        taught = None
+        if self.teacher is not None and wanted & self.teacher.serves:
+            taught = self.teacher(images)
+        with ExitStack() as stack:
+            seen: dict[str, LayerRecord] = {}
+            if wanted & FROM_QUERIES:
+                seen = stack.enter_context(record(self.student, tensors=True))
+            tokens, logits = run_model(self.student, images, head=bool(wanted & {"ce", "kl"}))
+        parts: dict[str, Tensor] = {}
+        if "ce" in wanted:
+            assert target is not None
+            parts["ce"] = losses.cross_entropy(logits, target, self.smoothing)
+        if taught is not None and "kl" in wanted:
+            _same_shape("logits", logits, taught.logits)
+            parts["kl"] = losses.logit_distillation(logits, taught.logits)
+        if taught is not None and "token_mse" in wanted:
+            _same_shape("patch tokens", tokens, taught.tokens)
+            parts["token_mse"] = losses.token_distillation(tokens, taught.tokens)
+        parts.update(self._predictor_losses(seen, taught))
+        total = torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum()
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _predictor_losses(self, seen: Mapping[str, LayerRecord], taught: Taught | None) -> dict[str, Tensor]:
+        """The losses on predictors, each the mean over the layers."""
+        wanted = [name for name in self.weights if name not in FROM_OUTPUTS]
+        if not wanted:
+            return {}
+        layers = sparse_layers(self.student)
+        parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        for number, (path, layer) in enumerate(layers.items()):
+            predictor = layer.predictor
+            assert isinstance(predictor, LowRankPredictor)
+            if "l1_basis" in parts:
+                parts["l1_basis"].append(losses.basis_size(predictor))
+            if path not in seen:
+                continue
+            q, k = seen[path].q, seen[path].k
+            assert q is not None
+            assert k is not None
+            tiling = layer.tiling(q.shape[2])
+            arguments = predictor, q, k
+            if "attn_recon" in parts:
+                target_q, target_k = (q, k) if taught is None else taught.attention(number, q, len(layers))
+                loss = losses.attention_reconstruction(*arguments, target_q, target_k, tiling, layer.scale)
+                parts["attn_recon"].append(loss)
+            if "attn_self_distill" in parts:
+                loss = losses.attention_reconstruction(*arguments, q, k, tiling, layer.scale)
+                parts["attn_self_distill"].append(loss)
+            if "least_k" in parts:
+                parts["least_k"].append(losses.least_scores(*arguments, tiling))
+            if "ratio" in parts:
+                parts["ratio"].append(losses.kept_ratio(*arguments, tiling))
+        return {name: torch.stack(values).mean() for name, values in parts.items()}
+
+
+class Taught:
+    """What a teacher says about a batch.
+
+    Args:
+        tokens: patch tokens ``[B, P, C]``.
+        logits: ``[B, classes]``.
+        seen: queries and keys of its attention layers, where asked for.
+    """
+
+    def __init__(self, tokens: Tensor, logits: Tensor, seen: Mapping[str, LayerRecord]) -> None:
+        self.tokens, self.logits = tokens, logits
+        self._layers = list(seen.values())
+
+    def attention(self, number: int, q: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[B, H, N, D]`` of a layer, checked against the student's."""
+        if len(self._layers) != layers:
+            raise ValueError(
+                f"attn_recon needs a teacher with as many attention layers as the student: {layers}, "
+                f"got {len(self._layers)}"
+            )
+        seen = self._layers[number]
+        assert seen.q is not None
+        assert seen.k is not None
+        if seen.q.shape[:3] != q.shape[:3]:
+            raise ValueError(
+                f"attn_recon needs a teacher with the student's heads and tokens: {list(q.shape[1:3])}, "
+                f"got {list(seen.q.shape[1:3])}"
+            )
+        return seen.q, seen.k
+
+
+class Teacher:
+    """A frozen dense model.
+
+    Args:
+        model: in evaluation mode from now on.
+        attention: whether queries and keys are wanted as well.
+    """
+
+    def __init__(self, model: nn.Module, *, attention: bool) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.serves = FROM_TEACHER | ({"attn_recon"} if attention else set())
+        self.records = attention
+        if attention:
+            # The reconstruction mode of a sparse layer is dense attention that can be watched.
+            self.model = (
+                sparsify(model, SparsifinerConfig.paper(attn_recon=True, n_down=1)).requires_grad_(False).eval()
+            )
+            for layer in sparse_layers(self.model).values():
+                layer.training = True
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Taught:
+        with ExitStack() as stack:
+            seen = stack.enter_context(record(self.model, tensors=True)) if self.records else {}
+            tokens, logits = run_model(self.model, images, head=True)
+        return Taught(tokens, logits, seen)
+
+
+def run_model(model: Any, images: Tensor, *, head: bool) -> tuple[Tensor, Tensor]:
+    """Patch tokens after the last layer and its norm ``[B, P, C]``, and logits ``[B, classes]`` (empty without head).
+
+    Raises:
+        ValueError: if the model is no timm Vision Transformer.
+    """
+    if not hasattr(model, "forward_features") or not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"{type(model).__name__} is no timm Vision Transformer; training needs its patch tokens")
+    features = model.forward_features(images)
+    logits = model.forward_head(features) if head else features.new_empty(0)
+    return features[:, model.num_prefix_tokens :], logits
+
+
+def _same_shape(what: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the teacher's {what} have shape {list(teacher.shape)} and the student's {list(student.shape)}; "
+            f"distil from a teacher of the same kind, or leave that loss out"
+        )

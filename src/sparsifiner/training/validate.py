@@ -1,0 +1,210 @@
+"""What a model is worth on labelled images: accuracy, FLOPs and speed, dense beside sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from ..analysis import count_flops, interleave
+from ..config import SparsifinerConfig
+from ..convert import densify, set_keep_rate, sparsify
+from ..models import load_model
+from .accuracy import Accuracy, count_correct
+from .data import Samples, validation_loader, validation_transform
+from .recipe import DataConfig
+from .sources import ImageSource, open_source
+from .student import always_sparse, is_sparse
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Args:
+        name: ``dense``, or ``keep 0.1``.
+        accuracy: on the validation images.
+        total_macs: multiply-adds per image, all of it.
+        mhsa_macs: those of attention without its projections, as the paper counts.
+        images_per_second: on one batch, median of runs that alternate with the other models'; None if not measured.
+    """
+
+    name: str
+    accuracy: Accuracy
+    total_macs: int
+    mhsa_macs: int
+    images_per_second: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        own = {name: getattr(self, name) for name in ("name", "total_macs", "mhsa_macs", "images_per_second")}
+        return {**own, **self.accuracy.to_dict()}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Dense and sparse rows of one model.
+
+    Args:
+        model: its name or folder.
+        rows: dense first.
+        img_size: rows and columns in pixels.
+        batch_size: of the speed measurement.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        broken: name and reason of images that could not be read.
+    """
+
+    model: str
+    rows: list[Row]
+    img_size: tuple[int, int]
+    batch_size: int
+    dtype: str
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "model": self.model,
+            "img_size": list(self.img_size),
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "rows": [row.to_dict() for row in self.rows],
+            "broken": self.broken,
+        }
+
+
+def validate(
+    model: str | nn.Module,
+    data: DataConfig,
+    *,
+    config: SparsifinerConfig | None = None,
+    keep_rates: tuple[float, ...] = (),
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+    progress: Progress | None = None,
+) -> Validation:
+    """Classify the validation images with the dense model and with the sparse one at each keep rate.
+
+    Attention of the sparse rows is sparse at every size, also where the model by itself would attend densely
+    because that is faster (``SparsifinerConfig.dense_below``).
+
+    Args:
+        model: ``builtin``, a timm name, a folder ``train`` or ``save_pretrained`` wrote, or a model. A sparse one
+            is compared with its dense twin of the same weights.
+        data: where the images are; ``val_split`` and ``val_limit`` count.
+        config: sparse settings for a dense model; the training-free default if None.
+        keep_rates: one sparse row each; the settings' own if empty.
+        batch_size: images per forward pass.
+        dtype: of weights and images.
+        device: where to run.
+        repeats: interleaved speed measurements; 0 for none.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: in one line, if model and data do not fit, or there is no readable labelled image.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    device, source = torch.device(device), _open(data)
+    loaded = load_model(model, img_size=data.size) if isinstance(model, str) else model
+    loaded = loaded.to(device, dtype).eval()
+    if not getattr(loaded, "num_classes", 0):
+        raise ValueError(f"{model if isinstance(model, str) else type(model).__name__} has no classifier to validate")
+    if is_sparse(loaded):
+        if config is not None:
+            raise ValueError(f"{model} is sparse already and has its own settings; leave the configuration out")
+        dense, sparse = densify(loaded), loaded
+    else:
+        dense, sparse = loaded, sparsify(loaded, config)
+    size = data.size or tuple(dense.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
+    transform = validation_transform((size[0], size[1]), resolve_model_data_config(dense))
+    samples = Samples(source, transform, 0, replace_broken=False)
+    x = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    variants: list[tuple[str, nn.Module, float | None]] = [("dense", dense, None)]
+    variants += [(f"keep {rate:g}", sparse, rate) for rate in keep_rates] or [("sparse", sparse, None)]
+    rows: list[Row] = []
+    broken: dict[str, str] = {}
+    for name, variant, rate in variants:
+        if rate is not None:
+            set_keep_rate(variant, rate)
+        with always_sparse(variant):
+            rows.append(_measure(name, dense, variant, samples, x, data.workers, repeats, tell))
+        broken.update(rows[-1].accuracy.broken)
+    return Validation(
+        model if isinstance(model, str) else type(model).__name__,
+        rows,
+        (size[0], size[1]),
+        batch_size,
+        str(dtype).removeprefix("torch."),
+        broken,
+    )
+
+
+def _measure(
+    name: str,
+    dense: nn.Module,
+    variant: nn.Module,
+    samples: Samples,
+    x: Tensor,
+    workers: int,
+    repeats: int,
+    tell: Progress,
+) -> Row:
+    """One row; ``x`` is the batch ``[B, 3, H, W]`` that speed is measured on."""
+    loader = validation_loader(samples, len(x), workers)
+    told = partial(_tell_batches, tell, f"{name}: accuracy", len(loader))
+    accuracy = count_correct(_Cast(variant, x.dtype), loader, x.device, progress=told)
+    flops = count_flops(variant, x[:1])
+    speed = None
+    if repeats:
+        tell(f"{name}: speed", 0, 1)
+        speed = _speed(dense, variant, x, repeats)
+        tell(f"{name}: speed", 1, 1)
+    return Row(name, accuracy, flops.total_macs, flops.mhsa_macs, speed)
+
+
+class _Cast(nn.Module):
+    """Images in the model's own type."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.dtype))
+
+
+def _tell_batches(tell: Progress, stage: str, total: int, done: int) -> None:
+    tell(stage, done, total)
+
+
+def _open(data: DataConfig) -> ImageSource:
+    """The validation images."""
+    if data.val_split is None:
+        raise ValueError("data.val_split is null; name the split to validate on, or '' if data.path is it")
+    source = open_source(
+        data.source, data.path, data.val_split, train=False, download=data.download, limit=data.val_limit
+    )
+    if source.classes is None:
+        raise ValueError("validation needs labels; use a folder per class, or another labelled data.source")
+    return source
+
+
+def _speed(dense: nn.Module, variant: nn.Module, x: Tensor, repeats: int) -> float:
+    """Images per second of ``variant``, its runs alternating with dense ones."""
+
+    @torch.inference_mode()
+    def run(model: nn.Module) -> None:
+        model(x)
+
+    timings = interleave(lambda: run(dense), lambda: run(variant), repeats=repeats, warmup=1)
+    return len(x) / timings.sparse_median

@@ -1,0 +1,55 @@
+"""Two processes over gloo, started by ``torchrun``, against one."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from sparsifiner.models import load_model
+from sparsifiner.training import load_recipe, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
+    """With plain gradient descent the change of the weights is the gradient, but for a factor."""
+    recipe = {
+        "model": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "model_args": TINY,
+        "sparsity": {"preset": "paper", "keep_rate": 0.3},
+        "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_limit": 7},
+        "batch_size": 8,
+        "accumulation": 2,
+        "optimizer": "sgd",
+        "weight_decay": 0.0,
+        "augment": {"mixup": 0, "cutmix": 0},
+        "phases": [{"name": "joint", "steps": 1, "lr": 0.1, "train": "all", "losses": {"ce": 1.0, "attn_recon": 0.1}}],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # accelerate's own launcher starts one process only on a CPU; it takes the environment of torch's.
+    launch = f"""-m torch.distributed.run --nproc_per_node 2 --master_port {port} -m sparsifiner.cli train
+        --recipe {path} --cpu --output {tmp_path / "two"} batch_size=4"""
+    done = subprocess.run([sys.executable, *launch.split()], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["world"] == 2
+    one = train(load_recipe(path), tmp_path / "one", cpu=True)
+    assert done.stdout.count("written:") == 1, done.stdout  # the second process is silent
+    start = train(load_recipe(path, ["phases.0.lr=1e-12", "phases.0.warmup_lr=0"]), tmp_path / "start", cpu=True)
+    a, b, c = (load_model(str(tmp_path / name / "model")).state_dict() for name in ("one", "two", "start"))
+    for name in a:
+        step = (a[name] - c[name]).abs().max()
+        assert torch.allclose(a[name], b[name], rtol=0, atol=1e-5 * float(step) + 1e-6), name
+    assert sum(float((a[name] - c[name]).abs().max()) > 1e-4 for name in a) > len(a) / 2
+    assert f"{one.accuracy['model'].to_dict()['top1']:.2%}" in done.stdout
+    assert start.accuracy["model"].images == 7

@@ -1,0 +1,240 @@
+"""Training from end to end at tiny size: exact resume, determinism, precision, what is written."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+import sparsifiner
+from sparsifiner.models import load_model
+from sparsifiner.training import engine, train
+from sparsifiner.training.data import Samples
+from sparsifiner.training.recipe_file import from_dict
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def recipe(folder_of_images):
+    """A recipe of every random ingredient: 24 images, three optimiser steps an epoch."""
+
+    def make(**changes):
+        return from_dict(
+            {
+                "model": "vit_tiny_patch16_224",
+                "pretrained": False,
+                "model_args": {**TINY, "drop_path_rate": 0.2, "proj_drop_rate": 0.1},
+                "sparsity": {"preset": "paper", "keep_rate": 0.3},
+                "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_limit": 6},
+                "batch_size": 4,
+                "accumulation": 2,
+                "ema_decay": 0.9,
+                "log_every": 1,
+                "checkpoint_every": 2,
+                "eval_every": 0,
+                "clip_grad": 1.0,
+                "phases": [
+                    {"name": "attn_recon", "steps": 2, "lr": 1e-3},
+                    {"name": "joint", "epochs": 1.5, "lr": 1e-3, "warmup": 0.5},
+                ],
+                **changes,
+            }
+        )
+
+    return make
+
+
+def weights(folder, name="model"):
+    return load_model(str(folder / name)).state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it, as nothing catches a signal."""
+
+
+def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(recipe, tmp_path, monkeypatch):
+    config = recipe()
+    train(config, tmp_path / "whole", cpu=True)
+    plain = Samples.__getitem__
+    draw = random.Random(7)
+    left = [0]
+
+    def dying(self, place):
+        left[0] -= self.replace_broken  # training images only; there are 48 in all
+        if self.replace_broken and left[0] == 0:
+            raise Killed
+        return plain(self, place)
+
+    monkeypatch.setattr(Samples, "__getitem__", dying)
+    kills = 0
+    for _ in range(20):
+        left[0] = draw.randint(5, 30) if kills < 5 else -1
+        torch.manual_seed(draw.randint(0, 1000))  # what a new process starts with is of no account
+        random.seed(draw.randint(0, 1000))
+        try:
+            result = train(config, tmp_path / "resumed", cpu=True)
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 2
+    for name in ("model", "ema"):
+        assert same(weights(tmp_path / "whole", name), weights(tmp_path / "resumed", name)), name
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "whole", "ema"))
+    history = json.loads((tmp_path / "whole" / "history.json").read_text())
+    assert result.history == history
+    trained = [entry for entry in history if "lr" in entry]
+    assert [(entry["phase"], entry["update"]) for entry in trained] == [(0, 1), (0, 2)] + [(1, n) for n in range(1, 5)]
+    # A finished run that is started again changes nothing.
+    train(config, tmp_path / "resumed", cpu=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+
+
+def test_the_seed_decides_and_the_callers_randomness_is_left_alone(recipe, tmp_path):
+    phases = [{"name": "cls", "steps": 2, "lr": 1e-3}]
+    state = torch.get_rng_state()
+    for name, seed, workers in [("a", 0, 0), ("b", 0, 2), ("c", 1, 0)]:
+        config = recipe(phases=phases, seed=seed)
+        config = from_dict({**config.to_dict(), "data": {**config.to_dict()["data"], "workers": workers}})
+        train(config, tmp_path / name, cpu=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))  # workers make no difference
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_training_learns_and_the_result_is_a_model_name(recipe, folder_of_images, tmp_path):
+    """Dense first, then sparse from the folder it wrote, then on from the sparse folder."""
+    plain = {
+        "mixup": 0,
+        "cutmix": 0,
+        "auto_augment": None,
+        "color_jitter": 0,
+        "random_erasing": 0,
+        "crop_scale": [0.9, 1],
+    }
+    settings = {"augment": plain, "accumulation": 1, "batch_size": 8, "ema_decay": None, "model_args": TINY}
+    dense = recipe(**settings, sparsity=None, phases=[{"name": "cls", "steps": 60, "lr": 3e-3, "warmup": 5}])
+    result = train(dense, tmp_path / "dense", cpu=True)
+    assert result.accuracy["model"].top1 == 6
+    assert result.ema is None
+    settings.update(model=str(result.model), model_args={}, pretrained=True)
+    sparse = recipe(**settings, phases=[{"name": "attn_recon", "steps": 3}, {"name": "cls_distill", "steps": 3}])
+    result = train(sparse, tmp_path / "sparse", cpu=True)
+    assert result.accuracy["model"].top1 >= 5
+    model = sparsifiner.from_pretrained(result.model)
+    layer = next(iter(sparsifiner.sparse_layers(model).values()))
+    assert layer.config == sparsifiner.SparsifinerConfig.paper(0.3)  # the reconstruction mode is off again
+    trained = [entry for entry in result.history if "kl" in entry]
+    assert trained[0]["kl"] > 0
+    settings["model"] = str(result.model)
+    more = recipe(**settings, sparsity="saved", phases=[{"name": "joint", "steps": 1, "keep_rate": [0.2, 0.4]}])
+    result = train(more, tmp_path / "more", cpu=True)
+    layers = sparsifiner.sparse_layers(sparsifiner.from_pretrained(result.model)).values()
+    assert [layer.config.keep_rate for layer in layers] == [0.2, 0.4]
+    for sparsity, words in [({}, "set sparsity=saved"), (None, "set sparsity=saved")]:
+        with pytest.raises(ValueError, match=words):
+            train(recipe(**{**settings, "phases": [{"name": "cls", "steps": 1}]}, sparsity=sparsity), tmp_path / "no")
+
+
+def test_half_precision_and_reduced_learning(recipe, tmp_path):
+    phases = [{"name": "cls", "steps": 1, "train": "head"}, {"name": "attn_self_distill", "steps": 1}]
+    before = {}
+
+    def note(number, update):
+        before[number] = update
+
+    result = train(recipe(precision="bf16", phases=phases), tmp_path / "out", cpu=True, on_update=note)
+    assert before == {0: 1, 1: 1}
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
+    assert {"ce", "kl", "token_mse", "attn_self_distill"} <= result.history[-3].keys()
+
+
+def test_only_what_a_phase_trains_changes(recipe, tmp_path):
+    started = {}
+    for train_what in ("head", "predictor", "backbone"):
+        loss = {"predictor": {"attn_recon": 1.0}}.get(train_what, {"ce": 1.0})
+        phase = {"name": "joint", "steps": 1, "train": train_what, "losses": loss, "lr": 1e-2}
+        train(recipe(phases=[phase], ema_decay=None, weight_decay=0.1, num_classes=3), tmp_path / train_what, cpu=True)
+        started[train_what] = weights(tmp_path / train_what)
+    names = started["head"].keys()
+    head = {name for name in names if not torch.equal(started["head"][name], started["predictor"][name])}
+    assert {name.split(".")[0] for name in head if ".predictor." not in name} == {"head"}
+    assert any(".predictor." in name for name in head)
+    both = {name for name in names if torch.equal(started["head"][name], started["backbone"][name])}
+    assert both == {name for name in names if ".predictor." in name}
+
+
+def test_broken_images_are_reported_and_replaced(recipe, folder_of_images, tmp_path):
+    import shutil
+
+    root = tmp_path / "images"
+    shutil.copytree(folder_of_images, root)
+    (root / "train" / "class1" / "3.png").write_bytes(b"no picture")
+    (root / "val" / "class0" / "0.png").write_bytes(b"")
+    said = []
+    data = {"path": str(root), "img_size": 32, "workers": 0}
+    phases = [{"name": "cls", "epochs": 1}]
+    result = train(recipe(data=data, phases=phases), tmp_path / "a", cpu=True, say=said.append)
+    assert list(result.broken) == ["class1/3.png"]
+    assert sum("broken image class1/3.png" in line for line in said) == 1
+    assert result.accuracy["model"].images == 23
+    assert list(result.accuracy["model"].broken) == ["class0/0.png"]
+    written = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert written["broken"].keys() == {"class1/3.png"}
+    assert written["accuracy"]["model"]["broken"] == 1
+    train(recipe(data=data, phases=phases), tmp_path / "b", cpu=True)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_what_does_not_fit_is_refused_before_training(recipe, folder_of_images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    config = recipe(phases=[{"name": "cls", "steps": 1}])
+    train(config, out, cpu=True)
+    data = config.to_dict()["data"]
+    for changes, words in [
+        ({"seed": 5}, r"a run of a different recipe \(seed\)"),
+        ({"phases": [{"name": "cls", "steps": 2}]}, r"different recipe \(phases.0.steps\)"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            train(recipe(**{"phases": [{"name": "cls", "steps": 1}], **changes}), out, cpu=True)
+    (out / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(config, out, cpu=True)
+    for changes, words in [
+        ({"batch_size": 64}, "24 training images do not fill one step of 64 x 1 processes x 2"),
+        ({"data": {**data, "source": "images"}}, "the images have none"),
+        ({"data": {**data, "path": "nowhere"}}, "does not exist"),
+        ({"data": {**data, "path": None}}, "data.path is not set"),
+        ({"num_classes": 2}, "the data has 3 classes"),
+        ({"model": "vit_tini_patch16_224"}, "did you mean"),
+        ({"trackers": ["wandb"]}, "wandb is not installed"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            train(recipe(**changes), tmp_path / "new", cpu=True)
+    assert not (tmp_path / "new" / "model").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        train(config, tmp_path / "file", cpu=True)
+
+    def broken_loss(self, images, target):
+        return images.sum() * float("nan") + sum(p.sum() for p in self.student.parameters()), {}
+
+    monkeypatch.setattr(engine.Objective, "forward", broken_loss)
+    with pytest.raises(ValueError, match="loss is not finite at step 1 of phase cls"):
+        train(config, tmp_path / "nan", cpu=True)
+
+
+def test_a_teacher_without_a_head_for_the_classes_is_refused(recipe, tmp_path):
+    config = recipe(
+        model="builtin", model_args={}, pretrained=True, sparsity={}, phases=[{"name": "cls_distill", "steps": 1}],
+        data={**recipe().to_dict()["data"], "img_size": 56},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="builtin has no trained head for 3 classes"):
+        train(config, tmp_path, cpu=True)

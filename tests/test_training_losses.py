@@ -1,0 +1,205 @@
+"""The losses against plain formulas, and what they must not do: hold N x N tensors, reach the backbone."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sparsifiner
+from sparsifiner import SparsifinerConfig
+from sparsifiner.predictors import build_predictor
+from sparsifiner.tiling import Tiling
+from sparsifiner.training import losses
+from sparsifiner.training.objective import Objective
+from sparsifiner.training.phases import enter_phase
+from sparsifiner.training.recipe import PhaseConfig
+
+
+def setting(**changes):
+    """A predictor on an 8x8 grid with a class token, and its queries and keys ``[2, 3, 65, 16]``."""
+    torch.manual_seed(0)
+    tiling = Tiling((8, 8), (1, 1), 1)
+    config = SparsifinerConfig.paper(0.25, **changes)
+    predictor = build_predictor(config, num_heads=3, head_dim=16, grid=(8, 8), num_prefix_tokens=1)
+    for parameter in predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    q, k = torch.randn(2, 2, 3, 65, 16).unbind(0)
+    return predictor, q.requires_grad_(), k.requires_grad_(), tiling
+
+
+def scores_of(predictor, q, k, tiling):
+    return predictor.dense_coefficients(q, k, tiling) @ predictor.signed_basis(tiling).T
+
+
+def test_cross_entropy_takes_numbers_and_shares():
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 3, 4, 1])
+    shares = torch.full((4, 5), 0.1 / 5).scatter_(1, labels[:, None], 0.9 + 0.1 / 5)
+    assert losses.cross_entropy(logits, labels, 0.1) == pytest.approx(float(losses.cross_entropy(logits, shares)))
+    expected = -(shares * logits.log_softmax(-1)).sum(-1).mean()
+    assert losses.cross_entropy(logits, shares) == pytest.approx(float(expected))
+
+
+def test_logit_distillation_is_the_divergence_from_the_teacher():
+    student, teacher = torch.randn(2, 4, 5).unbind(0)
+    p = teacher.softmax(-1)
+    expected = (p * (p.log() - student.log_softmax(-1))).sum(-1).mean()
+    assert losses.logit_distillation(student, teacher) == pytest.approx(float(expected))
+    assert losses.logit_distillation(teacher, teacher) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**26, 4096])
+def test_attention_reconstruction_in_whole_or_in_chunks(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
+    predictor, q, k, tiling = setting()
+    loss = losses.attention_reconstruction(predictor, q, k, q, k, tiling, 0.25)
+    attention = (q @ k.transpose(-1, -2) * 0.25).softmax(-1)[:, :, 1:].detach()
+    expected = (scores_of(predictor, q.detach(), k.detach(), tiling) - attention).square().sum() / 2
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    got = torch.autograd.grad(loss, list(predictor.parameters()))
+    want = torch.autograd.grad(expected, list(predictor.parameters()))
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_of_the_predictors_losses_reaches_queries_and_keys():
+    predictor, q, k, tiling = setting(score_threshold=0.1)
+    total = losses.attention_reconstruction(predictor, q, k, q, k, tiling, 0.25)
+    total = total + losses.least_scores(predictor, q, k, tiling) + losses.kept_ratio(predictor, q, k, tiling)
+    total.backward()
+    assert q.grad is None
+    assert k.grad is None
+    assert all(parameter.grad.abs().sum() > 0 for parameter in predictor.parameters())
+
+
+def test_least_scores_and_basis_size():
+    predictor, q, k, tiling = setting()
+    rows = scores_of(predictor, q, k, tiling).sort(dim=-1).values
+    kept = -(-65 // 4)
+    assert torch.allclose(losses.least_scores(predictor, q, k, tiling), rows[..., : 65 - kept].abs().mean(), rtol=1e-5)
+    assert losses.basis_size(predictor).item() == pytest.approx(predictor.w_up.abs().mean().item())
+
+
+def test_the_ratio_loss_drives_the_kept_share_to_the_keep_rate():
+    predictor, q, k, tiling = setting(score_threshold=0.1)
+
+    def share():
+        return float((scores_of(predictor, q, k, tiling) > 0.1).float().mean())
+
+    before = abs(share() - 0.25)
+    optimizer = torch.optim.Adam(predictor.parameters(), 0.02)
+    for _ in range(30):
+        losses.kept_ratio(predictor, q, k, tiling).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(share() - 0.25) < before / 3
+
+
+def test_the_objective_adds_the_weighted_parts(tiny_vit, images):
+    teacher = tiny_vit()
+    student = sparsifiner.sparsify(teacher, SparsifinerConfig.paper(0.3))
+    weights = {"ce": 1.0, "kl": 0.5, "token_mse": 0.25, "attn_recon": 0.1, "attn_self_distill": 0.2, "l1_basis": 3.0}
+    objective = Objective(student, teacher, weights, 0.1)
+    x, y = images(2, 3, 32, 32), torch.tensor([1, 5])
+    total, parts = objective(x, y)
+    assert parts.keys() == weights.keys()
+    assert total.item() == pytest.approx(sum(weights[name] * parts[name].item() for name in weights), rel=1e-5)
+    with torch.no_grad():
+        features = teacher.forward_features(x)
+        mine = student.forward_features(x)
+    assert parts["token_mse"].item() == pytest.approx(float((features - mine)[:, 1:].square().mean()), rel=1e-3)
+    # In the first layer the student still sees what the teacher sees; later its own, disturbed, tokens.
+    assert parts["attn_recon"] != parts["attn_self_distill"]
+
+
+def test_the_reconstruction_phase_runs_dense_and_trains_the_predictor_alone(tiny_vit, images):
+    dense = tiny_vit(drop_path_rate=0.5, proj_drop_rate=0.5)
+    student = sparsifiner.sparsify(dense, SparsifinerConfig.paper(0.1))
+    enter_phase(student, PhaseConfig("attn_recon", steps=1))
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(student(x), dense(x), atol=1e-5)
+    objective = Objective(student, None, {"attn_recon": 1.0})
+    objective(x, None)[0].backward()
+    got = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert got == {name for name, _ in student.named_parameters() if ".predictor." in name}
+
+
+@pytest.mark.parametrize("changes", [{}, {"predictor": "lowrank", "n_down": 8}])
+def test_gradients_flow_through_sparse_attention_to_every_backbone_weight(tiny_vit, images, changes):
+    student = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig(0.2, **changes))
+    enter_phase(student, PhaseConfig("cls", steps=1))
+    Objective(student, None, {"ce": 1.0})(images(2, 3, 32, 32), torch.tensor([0, 1]))[0].backward()
+    for name, parameter in student.named_parameters():
+        if ".predictor." in name:
+            assert parameter.grad is None
+        else:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_teacher_of_another_kind_is_refused_in_one_line(tiny_vit, images):
+    student = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig.paper(0.3))
+    x = images(1, 3, 32, 32)
+    for teacher, weights, words in [
+        (tiny_vit(num_classes=3), {"kl": 1.0}, r"logits have shape \[1, 3\]"),
+        (tiny_vit(embed_dim=96), {"token_mse": 1.0}, "patch tokens have shape"),
+        (tiny_vit(depth=3), {"attn_recon": 1.0}, "as many attention layers"),
+        (tiny_vit(num_heads=6), {"attn_recon": 1.0}, "heads and tokens"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Objective(student, teacher, weights)(x, None)
+
+
+class Largest(TorchDispatchMode):
+    """The largest square any tensor holds in two of its dimensions, forward and backward."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.found = tokens, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and sum(side >= self.tokens for side in leaf.shape) >= 2:
+                self.found.append((str(func), tuple(leaf.shape)))
+        return out
+
+
+@pytest.mark.parametrize("predictor", ["pooled", "lowrank"])
+def test_training_with_tiles_never_makes_a_tensor_of_tokens_by_tokens(predictor, images):
+    # 257 tokens; no other dimension of the model or the batch comes near.
+    dense = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=3
+    )
+    student = sparsifiner.sparsify(dense, SparsifinerConfig(0.1, predictor=predictor, n_down=8))
+    enter_phase(student, PhaseConfig("cls_distill", steps=1))
+    objective = Objective(student, dense, {"ce": 1.0, "kl": 0.5, "token_mse": 0.5})
+    with Largest(256) as seen:
+        objective(images(2, 3, 64, 64), torch.tensor([0, 2]))[0].backward()
+    assert not seen.found
+    enter_phase(student, PhaseConfig("cls", steps=1))
+    with Largest(256) as seen:  # the same watch does see dense attention
+        attention = torch.randn(1, 257, 8) @ torch.randn(1, 8, 257)
+        assert attention.shape == (1, 257, 257)
+    assert seen.found
+
+
+def test_the_papers_method_keeps_no_tensor_of_tokens_by_tokens_for_the_backward_pass(images):
+    dense = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=3
+    )
+    student = sparsifiner.sparsify(dense, SparsifinerConfig.paper(0.1))
+    enter_phase(student, PhaseConfig("cls_distill", steps=1))
+    kept = []
+
+    def note(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        Objective(student, dense, {"kl": 0.5, "token_mse": 0.5})(images(2, 3, 64, 64), None)[0].backward()
+    assert kept
+    assert not [shape for shape in kept if sum(side >= 256 for side in shape) >= 2]

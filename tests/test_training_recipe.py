@@ -1,0 +1,186 @@
+"""Recipes: what they say, what is refused, and that each of ours runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from sparsifiner.training import phases as phases_module
+from sparsifiner.training import student as student_module
+from sparsifiner.training import train
+from sparsifiner.training.phases import make_scheduler
+from sparsifiner.training.recipe import PhaseConfig, TrainConfig
+from sparsifiner.training.recipe_file import from_dict, load_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+CLS = {"name": "cls", "epochs": 1}
+
+
+def recipe(**changes):
+    return from_dict({"phases": [CLS], "sparsity": None, **changes})
+
+
+@pytest.mark.parametrize("name", ["deit_small_imagenet", "lvvit_s_imagenet", "lvvit_m_imagenet"])
+def test_the_papers_runs_are_to_the_letter(name):
+    config = load_recipe(Path(__file__).parents[1] / "recipes" / f"{name}.yaml")
+    assert config.model.split(".")[0] == {"deit": "deit_small_patch16_224"}.get(name[:4], name[:7])
+    assert config.teacher == "same"
+    sparse = config.sparse_config()
+    assert (sparse.predictor, sparse.query_tile, sparse.tail, sparse.scale) == ("lowrank", (1, 1), None, "num_heads")
+    assert config.batch_size == 168
+    assert (config.optimizer, config.weight_decay, config.ema_decay) == ("adamw", 0.05, 0.9999)
+    augment = config.augment
+    assert (augment.mixup, augment.cutmix, augment.label_smoothing, augment.random_erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert augment.auto_augment.startswith("rand-")
+    first, second = config.phases
+    assert (first.name, first.epochs, first.lr, first.min_lr, first.warmup) == ("attn_recon", 5, 3e-4, 2e-4, 3)
+    assert (first.train, first.losses) == ("predictor", {"attn_recon": pytest.approx(0.01 * 168)})
+    assert (second.name, second.epochs, second.lr, second.min_lr, second.warmup) == ("cls_distill", 45, 8e-5, 2e-6, 3)
+    assert (second.train, second.losses) == ("backbone", {"ce": 1.0, "kl": 0.5, "token_mse": 0.5})
+
+
+def test_a_recipe_survives_the_way_to_json_and_back():
+    for path in RECIPES:
+        config = load_recipe(path)
+        assert from_dict(json.loads(json.dumps(config.to_dict()))) == config, path
+
+
+def test_overrides_reach_every_level():
+    path = RECIPES[0]
+    config = load_recipe(
+        path, ["data.path=here", "phases.0.lr=1e-4", "sparsity.keep_rate=[0.1, 0.2]", "augment.mixup=0", "seed=3"]
+    )
+    assert (config.data.path, config.phases[0].lr, config.augment.mixup, config.seed) == ("here", 1e-4, 0, 3)
+    assert config.sparsity["keep_rate"] == [0.1, 0.2]
+    assert load_recipe(path, ["sparsity=null", "phases=[{name: cls, steps: 2}]"]).phases == (
+        PhaseConfig("cls", steps=2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"modle": "x"}, "did you mean 'model'"),
+        ({"data": {"pth": "x"}}, "did you mean 'path'"),
+        ({"phases": []}, "needs phases"),
+        ({"phases": [{"epochs": 1}]}, "no name"),
+        ({"phases": [{"name": "joynt", "epochs": 1}]}, "did you mean 'joint'"),
+        ({"phases": [{"name": "cls"}]}, "set epochs or steps"),
+        ({"phases": [{**CLS, "steps": 3}]}, "set epochs or steps"),
+        ({"phases": [{**CLS, "warmup": 2}]}, "longer than phase cls"),
+        ({"phases": [{**CLS, "losses": {"kd": 1}}]}, "loss 'kd' is unknown"),
+        ({"phases": [{**CLS, "losses": {"ce": 0}}]}, "no loss of positive weight"),
+        ({"phases": [{**CLS, "losses": {"ce": float("nan")}}]}, "must be a number"),
+        ({"phases": [{**CLS, "keep_rate": 2}], "sparsity": {}}, "(0, 1]"),
+        ({"phases": [{**CLS, "keep_rate": 0.5}]}, "sparsity is null"),
+        ({"phases": [{"name": "attn_recon", "epochs": 1, "losses": {"ce": 1}}]}, "only the losses attn_recon"),
+        ({"phases": [{"name": "attn_recon", "epochs": 1}], "sparsity": {}}, "predictor is 'pooled'"),
+        ({"phases": [{**CLS, "losses": {"ratio": 1}}], "sparsity": {"preset": "paper"}}, "score_threshold"),
+        ({"phases": [{"name": "cls_distill", "epochs": 1}], "teacher": "none"}, "teacher is none"),
+        ({"sparsity": {"keep_rat": 0.1}}, "keep_rate"),
+        ({"sparsity": "yes"}, "saved, or null"),
+        ({"precision": "fp8"}, "choose one of"),
+        ({"batch_size": 7}, "even for mixup"),
+        ({"batch_size": True}, "whole number at least 1"),
+        ({"ema_decay": 1.5}, "at most 1"),
+        ({"augment": {"crop_scale": [0.9, 0.1]}}, "crop_scale"),
+        ({"data": {"source": "floppy"}}, "data.source 'floppy' is unknown"),
+        ({"trackers": ["tensorbord"]}, "did you mean 'tensorboard'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(changes, words):
+    with pytest.raises(ValueError, match=r".") as refused:
+        recipe(**changes)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_overrides_that_lead_nowhere_are_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("phases: [{name: cls, epochs: 1}]\nmodel: builtin\n")
+    for override, words in [
+        ("lr", "name=value"),
+        ("phases.3.lr=1", "below 1"),
+        ("model.size=3", "single value"),
+        ("seed=[", "not valid YAML"),
+        ("sead=1", "did you mean 'seed'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load_recipe(path, [override])
+    with pytest.raises(ValueError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    path.write_text("- 1")
+    with pytest.raises(ValueError, match="must hold named settings"):
+        load_recipe(path)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_down():
+    phase = PhaseConfig("cls", epochs=10, lr=1.0, min_lr=0.1, warmup=2, warmup_lr=0.5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=phase.lr)
+    scheduler = make_scheduler(optimizer, phase, updates_per_epoch=4)
+    rates = []
+    for update in range(phase.num_updates(4)):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert len(rates) == 40
+    assert rates[:3] == pytest.approx([0.5, 0.5 + 0.5 / 8, 0.5 + 1 / 8])
+    assert rates[20] == pytest.approx(0.55)  # half way down
+    assert rates[8:] == sorted(rates[8:], reverse=True)
+    assert 0.1 < rates[-1] < 0.11
+    scheduler.step_update(20)  # a function of the update alone
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[20])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_at_tiny_size(path, folder_of_images, tmp_path, monkeypatch):
+    """A few steps of each phase, with a model of two tiny layers in the place of the named one."""
+    loaded = []
+
+    def load(name, *, img_size=None, num_classes=None, pretrained=True, model_args=None):
+        loaded.append(name)
+        assert pretrained
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=img_size, patch_size=4, embed_dim=48, depth=2, num_heads=3,
+            num_classes=3 if num_classes is None else num_classes,
+        )  # fmt: skip
+        model.pretrained_cfg = {**model.pretrained_cfg, "num_classes": 3}
+        return model
+
+    monkeypatch.setattr(student_module, "load_model", load)
+    monkeypatch.setattr(student_module, "save_pretrained", lambda *arguments, **settings: None)
+    plain = load_recipe(path)
+    changes = [
+        "batch_size=4",
+        "accumulation=1",
+        "precision=fp32",
+        "data.workers=0",
+        "data.img_size=32",
+        "data.source=folder",
+    ]
+    changes += [f"data.path={folder_of_images}", "data.train_split=train", "log_every=1"]
+    for number in range(len(plain.phases)):
+        changes += [f"phases.{number}.steps=2", f"phases.{number}.epochs=null", f"phases.{number}.warmup=1"]
+    config = load_recipe(path, changes)
+    result = train(config, tmp_path / "out", cpu=True)
+    assert loaded[0] == plain.model
+    trained = [entry for entry in result.history if "lr" in entry]
+    assert [(entry["phase"], entry["update"]) for entry in trained] == [
+        (number, update) for number in range(len(plain.phases)) for update in (1, 2)
+    ]
+    for entry in trained:
+        assert plain.phases[entry["phase"]].losses.keys() <= entry.keys()
+    assert (result.ema is not None) == (plain.ema_decay is not None)
+
+
+def test_a_phase_without_anything_to_train_is_refused(tiny_vit):
+    with pytest.raises(ValueError, match="set num_classes"):
+        phases_module.enter_phase(tiny_vit(num_classes=0), PhaseConfig("cls", steps=1, train="head"))
+    with pytest.raises(ValueError, match="optimizer 'adamv' is unknown"):
+        phases_module.make_optimizer(
+            tiny_vit(), TrainConfig((PhaseConfig("cls", steps=1),), optimizer="adamv"), PhaseConfig("cls", steps=1)
+        )

@@ -1,0 +1,145 @@
+"""``sparsifiner train`` and ``sparsifiner validate``, and the numbers they print."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsifiner
+from sparsifiner import SparsifinerConfig
+from sparsifiner.cli import main
+from sparsifiner.training import DataConfig, validate
+from sparsifiner.training.accuracy import count_correct, wilson_interval
+from sparsifiner.training.data import Batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture
+def cli(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_wilson_interval_against_published_values():
+    # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 1998, table I.
+    for hits, trials, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson_interval(hits, trials) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    with pytest.raises(ValueError, match="3 of 2"):
+        wilson_interval(3, 2)
+
+
+@given(trials=st.integers(1, 10**6), share=st.floats(0, 1))
+def test_the_interval_holds_the_share_and_narrows(trials, share):
+    hits = round(trials * share)
+    low, high = wilson_interval(hits, trials)
+    assert 0 <= low <= hits / trials <= high <= 1
+    more = wilson_interval(4 * hits, 4 * trials)
+    assert more[1] - more[0] < high - low
+    assert wilson_interval(trials - hits, trials)[0] == pytest.approx(1 - high, abs=1e-9)
+
+
+def test_counting_correct_answers():
+    logits = torch.tensor([[0, 1, 2, 3, 4, 5.0], [5, 4, 3, 2, 1, 0], [0, 0, 9, 0, 0, 0], [6, 5, 4, 3, 2, 1]])
+    batches = [Batch(logits[:3], torch.tensor([5, 1, 2]), {"a": "b"}), Batch(logits[3:], torch.tensor([5]), {})]
+    found = count_correct(torch.nn.Identity(), batches, torch.device("cpu"))
+    assert (found.images, found.top1, found.top5, found.broken) == (4, 2, 3, {"a": "b"})
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([5, 1, 2, 5]))
+    assert found.loss == pytest.approx(float(expected))
+    with pytest.raises(ValueError, match="the model's own classes"):
+        count_correct(torch.nn.Identity(), [Batch(logits, torch.tensor([0, 1, 2, 6]), {})], torch.device("cpu"))
+    with pytest.raises(ValueError, match="no readable image"):
+        count_correct(torch.nn.Identity(), [], torch.device("cpu"))
+
+
+def test_validation_of_a_model_dense_beside_sparse(tiny_vit, folder_of_images):
+    data = DataConfig(path=str(folder_of_images), workers=0)
+    result = validate(tiny_vit(num_classes=3), data, keep_rates=(0.2, 1.0), batch_size=8, repeats=1)
+    dense, sparse, full = result.rows
+    assert (dense.name, sparse.name, full.name) == ("dense", "keep 0.2", "keep 1")
+    assert full.accuracy.top1 == dense.accuracy.top1
+    assert full.accuracy.loss == pytest.approx(dense.accuracy.loss, rel=1e-4)
+    assert sparse.accuracy.loss != pytest.approx(dense.accuracy.loss, rel=1e-4)
+    assert dense.mhsa_macs == 2 * 65**2 * 48 * 2
+    assert sparse.mhsa_macs < dense.mhsa_macs
+    assert all(row.images_per_second > 0 for row in result.rows)
+    with pytest.raises(ValueError, match="no classifier"):
+        validate(tiny_vit(num_classes=0), data)
+    sparse_model = sparsifiner.sparsify(tiny_vit(num_classes=3), SparsifinerConfig(0.3))
+    rows = validate(sparse_model, data, repeats=0).rows
+    assert [(row.name, row.images_per_second) for row in rows] == [("dense", None), ("sparse", None)]
+    assert rows[0].accuracy.loss == pytest.approx(dense.accuracy.loss, rel=1e-4)
+
+
+def test_train_and_validate_from_the_command_line(cli, folder_of_images, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "model": "vit_tiny_patch16_224", "pretrained": False, "model_args": TINY,
+                "sparsity": {"preset": "paper", "keep_rate": 0.3}, "data": {"workers": 0, "img_size": 32},
+                "batch_size": 4, "phases": [{"name": "attn_recon", "steps": 1}, {"name": "joint", "steps": 1}],
+            }
+        )
+    )  # fmt: skip
+    out = tmp_path / "out"
+    arguments = ["train", "--recipe", recipe, "--output", out, "--cpu", f"data.path={folder_of_images}"]
+    code, printed, err = cli(*arguments, "log_every=1")
+    assert code == 0, err
+    assert "attn_recon step 1 of 1: lr" in err
+    assert f"written: {out / 'model'}" in printed
+    assert "95 % interval" in printed
+    code, printed, err = cli(*arguments, "seed=4")
+    assert (code, printed) == (2, "")
+    assert err.count("\n") == 1
+    assert "different recipe (seed)" in err
+    common = ["validate", "--data", folder_of_images, "--workers", 0, "--batch-size", 8]
+    code, printed, err = cli(*common, "--model", out / "model", "--repeats", 1, "--keep-rate", "0.3,0.9")
+    assert code == 0, err
+    for words in ("24 images", "top-1", "95 % interval", "GMACs", "images/s", "dense", "keep 0.9"):
+        assert words in printed
+    assert max(map(len, printed.splitlines()[1:])) <= 100
+    file = tmp_path / "v.json"
+    code, printed, err = cli(*common, "--model", out / "model", "--repeats", 0, "--json", "--output", file)
+    assert code == 0, err
+    data = json.loads(printed)
+    assert data == json.loads(file.read_text())
+    assert [row["name"] for row in data["rows"]] == ["dense", "sparse"]
+    low, high = data["rows"][1]["top1_interval"]
+    assert low < data["rows"][1]["top1"] < high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "--recipe"),
+        (["train", "--recipe", "missing.yaml"], "cannot read the recipe missing.yaml"),
+        (["validate"], "data.path is not set"),
+        (["validate", "--data", "missing"], "does not exist"),
+        (["validate", "--img-size", "32,64"], "several sizes"),
+        (["validate", "--keep-rate", "2"], "must be a number in (0, 1]"),
+        (["validate", "--data", "DATA", "--model", "vit_tini_patch16_224"], "did you mean"),
+        (["validate", "--data", ".", "--source", "floppy"], "data.source 'floppy' is unknown"),
+    ],
+)
+def test_a_user_error_is_one_line(cli, folder_of_images, arguments, words):
+    code, out, err = cli(*(folder_of_images if word == "DATA" else word for word in arguments))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert words in err
