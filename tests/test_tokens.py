@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_reference_checkpoints import build
 from torch import Tensor
 
 import sparsifiner
@@ -21,7 +23,6 @@ from sparsifiner.grid import PatchGrid
 from sparsifiner.models import from_reference
 from sparsifiner.subset import SubsetTiling, z_order
 from sparsifiner.tokens import PruningBlock
-from test_reference_checkpoints import build
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.3, n_down=6)
 TILES = SparsifinerConfig(keep_rate=0.2)
@@ -244,6 +245,18 @@ def test_save_copy_and_pickle(images, tmp_path: Path, config):
     assert sparsifiner.token_pruning(back) == sparsifiner.token_pruning(pruned)
     with pytest.raises(ValueError, match="neither sparse nor pruned"):
         sparsifiner.save_pretrained(model, tmp_path)
+
+
+def test_files_from_before_pruning_load_and_broken_settings_are_refused(images, tmp_path: Path):
+    model = sparsify(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5).eval())
+    sparsifiner.save_pretrained(model, tmp_path)
+    file, x = tmp_path / "sparsifiner.json", images(1, 3, 64, 64)
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in written.items() if k != "token_pruning"} | {"format": 1}))
+    assert torch.equal(sparsifiner.from_pretrained(tmp_path)(x), model(x))
+    file.write_text(json.dumps(written | {"token_pruning": {"rate": 0.5}}))
+    with pytest.raises(ValueError, match="token pruning needs keep_rate, layers and fuse"):
+        sparsifiner.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("config", [None, PAPER, TILES])

@@ -97,4 +97,5 @@ def check_reducible(model: nn.Module, layers: list[int], attention: tuple[type[n
         if type(block) is not Block:
             raise refuse(f"block {layer} is a {type(block).__name__}; only timm's Block can be taken apart")
         if type(block.attn) not in attention:
-            raise refuse(f"block {layer} has {type(block.attn).__name__}, whose class attention is not known")
+            expected = " or ".join(known.__name__ for known in attention)
+            raise refuse(f"block {layer} has {type(block.attn).__name__}, expected {expected}")

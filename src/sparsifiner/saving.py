@@ -105,7 +105,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
             f"weights here are not the ones it was made from; save the model again where it was made"
         )
     if settings.get("token_pruning") is not None:
-        prune_tokens(model, **settings["token_pruning"], inplace=True)
+        prune_tokens(model, **TokenPruning.from_dict(settings["token_pruning"]).to_dict(), inplace=True)
     sparse = model
     if settings["config"] is not None:
         sparse = sparsify(model, SparsifinerConfig.from_dict(settings["config"]), inplace=True).to(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .attention import SparseAttention
 from .blocks import ReducingBlock, check_reducible
 from .config import check_keep_rate
 from .grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
+from .messages import one_line
 from .selection import top_keys
 from .subset import z_order
 
@@ -51,6 +52,16 @@ class TokenPruning:
         """Plain JSON values."""
         return {**asdict(self), "layers": list(self.layers)}
 
+    @classmethod
+    def from_dict(cls, settings: Any) -> TokenPruning:
+        """The inverse of :meth:`to_dict`."""
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise ValueError(
+                f"token pruning needs keep_rate, layers and fuse, got {settings!r}: {one_line(error)}"
+            ) from error
+
 
 class PruningBlock(ReducingBlock):
     """A block that keeps the patches with the highest class attention, and goes on with fewer tokens.
@@ -75,7 +86,7 @@ class PruningBlock(ReducingBlock):
         return ("grid", "share", "fuse")
 
     def reduce(self, x: Tensor, seen: Tensor) -> Tensor:
-        batch, num_tokens = x.shape[:2]
+        num_tokens = x.shape[1]
         first = self.grid.num_prefix_tokens
         before = self.grid.kept.get(num_tokens)
         present = self.grid.num_patches if before is None else before.shape[1]
@@ -204,20 +215,24 @@ def kept_patches(model: nn.Module) -> Tensor:
 
 
 def _scored(attention: Any) -> nn.Module:
-    """The attention layer with class scores, its predictor kept where it is sparse."""
+    """The attention layer with class scores."""
     if not isinstance(attention, SparseAttention):
         return ScoredAttention(attention)
-    predictor, observer = attention.predictor, attention.observer
-    scored = SparseScoredAttention(ScoredAttention(attention.to_dense()), attention.config, attention.grid)
-    scored.predictor, scored.observer = predictor, observer
-    return scored
+    return _rebuilt(attention, SparseScoredAttention, ScoredAttention)
 
 
 def _plain(attention: Any) -> nn.Module:
     """The inverse of :func:`_scored`."""
     if not isinstance(attention, SparseAttention):
         return attention.to_plain()
+    return _rebuilt(attention, SparseVitAttention, ScoredAttention.to_plain)
+
+
+def _rebuilt(
+    attention: SparseAttention, kind: type[SparseAttention], dense: Callable[[Any], nn.Module]
+) -> SparseAttention:
+    """A sparse layer of another kind around the same weights and the same predictor."""
     predictor, observer = attention.predictor, attention.observer
-    plain = SparseVitAttention(attention.to_dense().to_plain(), attention.config, attention.grid)
-    plain.predictor, plain.observer = predictor, observer
-    return plain
+    layer = kind(dense(attention.to_dense()), attention.config, attention.grid)
+    layer.predictor, layer.observer = predictor, observer
+    return layer

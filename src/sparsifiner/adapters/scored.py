@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class ScoredAttention(Attention):
 class SparseScoredAttention(SparseVitAttention):
     """The same with sparse attention, whose class row is dense as well."""
 
-    dense_class = ScoredAttention
+    dense_class: ClassVar[type[nn.Module]] = ScoredAttention
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         q, k, v, _ = self.project(x)

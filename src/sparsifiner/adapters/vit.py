@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers.attention import Attention
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def project_vit(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class SparseVitAttention(SparseAttention, Attention):
     """q/k norm, output norm, output gate and projection as in timm's ``Attention``."""
 
-    dense_class = Attention
+    dense_class: ClassVar[type[nn.Module]] = Attention
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module

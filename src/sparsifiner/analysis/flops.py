@@ -49,7 +49,7 @@ class LayerFlops:
         token_scores: the class token's row of ``q k^T`` once more, where it chooses the tokens to keep.
         predictor: MACs per step of the predictor, as executed; empty where there is no predictor.
         predictor_in_paper: the part of them that the published figures count (see :data:`PAPER_NOTE`).
-        mlp: everything else in the block, the MLP.
+        mlp: everything else in the block: the MLP, and the matching of tokens where they are merged.
     """
 
     name: str
