@@ -19,6 +19,8 @@ from torch import Tensor
 import sparsifiner
 from sparsifiner import SparsifinerConfig, densify, kept_patches, prune_tokens, sparsify, unprune_tokens
 from sparsifiner.adapters.scored import class_scores
+from sparsifiner.analysis.fidelity import measure_fidelity
+from sparsifiner.analysis.maps import attention_maps
 from sparsifiner.grid import PatchGrid
 from sparsifiner.models import from_reference
 from sparsifiner.subset import SubsetTiling, z_order
@@ -324,6 +326,14 @@ def test_pruning_twice_and_missing_pruning_are_refused(tiny_vit):
         unprune_tokens(model)
     with pytest.raises(ValueError, match="removed or merged in it already"):
         prune_tokens(prune_tokens(model, layers=(0,)), layers=(1,))
+
+
+def test_comparisons_patch_by_patch_refuse_a_pruned_model(tiny_vit, images):
+    pruned, x = prune_tokens(tiny_vit(), layers=(0,)), images(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="fidelity figures compare patch by patch"):
+        measure_fidelity(pruned, sparsify(pruned), [x])
+    with pytest.raises(ValueError, match="attention maps compare patch by patch"):
+        attention_maps(pruned, sparsify(pruned), x)
 
 
 def test_a_wrong_number_of_tokens_is_refused():

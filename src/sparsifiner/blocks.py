@@ -99,3 +99,16 @@ def check_reducible(model: nn.Module, layers: list[int], attention: tuple[type[n
         if type(block.attn) not in attention:
             expected = " or ".join(known.__name__ for known in attention)
             raise refuse(f"block {layer} has {type(block.attn).__name__}, expected {expected}")
+
+
+def refuse_reduced(model: nn.Module, what: str) -> None:
+    """Refuse a model that ends with fewer tokens than patches, where ``what`` needs every patch in its place.
+
+    Raises:
+        ValueError: one line that names ``what``.
+    """
+    if any(isinstance(module, ReducingBlock) for module in model.modules()):
+        raise ValueError(
+            f"{what} compare patch by patch, but {type(model).__name__} prunes or merges tokens; "
+            f"use the model without that (unprune_tokens undoes pruning)"
+        )
