@@ -27,7 +27,7 @@ from sparsifiner.subset import SubsetTiling, z_order
 from sparsifiner.tokens import PruningBlock
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.3, n_down=6)
-TILES = SparsifinerConfig(keep_rate=0.2)
+TILES = SparsifinerConfig(keep_rate=0.2, dense_below=0)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32 round-off of a few layers on unit scale, summed in another order
 
 

@@ -30,10 +30,11 @@ def convert_with(name: str, model: nn.Module, keep_rate: float) -> nn.Module:
 
 
 def _sparse(predictor: str, **changes: Any) -> Method:
-    """Query tiles that keep ``keep_rate`` of the keys."""
+    """Query tiles that keep ``keep_rate`` of the keys, at every size: a comparison must not fall back to dense."""
 
     def convert(model: nn.Module, keep_rate: float) -> nn.Module:
-        return sparsify(model, SparsifinerConfig(keep_rate, cast(PredictorName, predictor), **changes))
+        settings: dict[str, Any] = dict(keep_rate=keep_rate, predictor=cast(PredictorName, predictor), dense_below=0)
+        return sparsify(model, SparsifinerConfig(**settings, **changes))
 
     return convert
 
