@@ -9,6 +9,7 @@ from .ops import sparse_attention
 from .recording import record
 from .saving import from_pretrained, save_pretrained
 from .tiling import Tiling
+from .tokens import kept_patches, prune_tokens, token_pruning, unprune_tokens
 
 __version__ = "0.1.0"
 
@@ -21,11 +22,15 @@ __all__ = [
     "count_flops",
     "densify",
     "from_pretrained",
+    "kept_patches",
     "models",
+    "prune_tokens",
     "record",
     "save_pretrained",
     "set_keep_rate",
     "sparse_attention",
     "sparse_layers",
     "sparsify",
+    "token_pruning",
+    "unprune_tokens",
 ]

@@ -49,7 +49,7 @@ class SparseAttention(nn.Module):
 
     def __init__(self, dense: nn.Module, config: SparsifinerConfig, grid: PatchGrid) -> None:
         nn.Module.__init__(self)  # not the dense class's own, which would make new weights
-        _move_state(dense, self)
+        move_state(dense, self)
         self.grid = grid
         self.config = config
         self.observer: Observer | None = None
@@ -71,7 +71,7 @@ class SparseAttention(nn.Module):
         """The dense layer back, with the weights of this one; this one must not be used afterwards."""
         dense = self.dense_class.__new__(self.dense_class)
         nn.Module.__init__(dense)
-        _move_state(self, dense, skip=("grid", "config", "observer", "predictor"))
+        move_state(self, dense, skip=("grid", "config", "observer", "predictor"))
         return dense.train(self.training)
 
     def configure(self, config: SparsifinerConfig) -> None:
@@ -109,7 +109,7 @@ class SparseAttention(nn.Module):
         if self.config.tail is not None:
             tail = pool_tail(k, v, connectivity, self.config.tail)
             if attn_bias is not None:
-                blocks = Tiling(tiling.grid, self.config.tail)
+                blocks = tiling.regions(self.config.tail)
                 patches = attn_bias[..., tiling.num_prefix_tokens :, None]
                 attn_bias = torch.cat([attn_bias, blocks.mean_patches(patches)[..., 0]], dim=-1)
         return sparse_attention(q, k, v, connectivity, tail=tail, attn_bias=attn_bias, scale=self.scale)
@@ -129,7 +129,7 @@ class SparseAttention(nn.Module):
 
     def tiling(self, num_tokens: int) -> Tiling:
         """The query tiles of the current input, checked against the length of its sequence."""
-        tiling = Tiling(self.grid.shape, self.config.query_tile, self.grid.num_prefix_tokens)
+        tiling = self.grid.tiling(self.config.query_tile, num_tokens)
         if tiling.num_tokens != num_tokens:
             raise ValueError(
                 f"attention got {num_tokens} tokens, but the image has a {tiling.grid[0]}x{tiling.grid[1]} patch grid "
@@ -146,7 +146,7 @@ class SparseAttention(nn.Module):
         return f"keep_rate={settings.keep_rate}, query_tile={settings.query_tile}, tail={settings.tail}"
 
 
-def _move_state(source: nn.Module, target: nn.Module, skip: tuple[str, ...] = ()) -> None:
+def move_state(source: nn.Module, target: nn.Module, skip: tuple[str, ...] = ()) -> None:
     """Give ``target`` the parameters, buffers, submodules, hooks and attributes of ``source``, by reference."""
     fresh = vars(nn.Module())
     for name, value in vars(source).items():

@@ -85,7 +85,7 @@ def pool_tail(k: Tensor, v: Tensor, connectivity: Connectivity, block: tuple[int
         ValueError: if the patch grid is smaller than a block.
     """
     tiling = connectivity.tiling
-    blocks = Tiling(tiling.grid, block, tiling.num_prefix_tokens)
+    blocks = tiling.regions(block)
     bias = tail_log_counts(connectivity, blocks).to(torch.promote_types(k.dtype, torch.float32))
     return Tail(pool_blocks(k, blocks), pool_blocks(v, blocks), bias)
 

@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from .adapters import find_adapter
 from .adapters.refused import CHEAP
 from .attention import SparseAttention
 from .config import SparsifinerConfig
-from .grid import PatchGrid
+from .grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
 from .tiling import Tiling
 
 
@@ -83,7 +82,7 @@ def sparsify(
     owners, left = _survey(model)
     if not owners:
         raise ValueError(_nothing_to_convert(model, left))
-    grids = {owner: _patch_grid(model.get_submodule(owner)) for owner in set(owners.values())}
+    grids = {owner: follow_grid(model.get_submodule(owner)) for owner in set(owners.values())}
     # Every layer is built before the first is swapped, so that a failure leaves the model as it was.
     layers: dict[str, SparseAttention] = {}
     swapped = []
@@ -97,7 +96,8 @@ def sparsify(
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     for owner, grid in grids.items():
-        model.get_submodule(f"{owner}.patch_embed".lstrip(".")).register_forward_hook(grid)
+        if find_grid(model.get_submodule(owner)) is None:
+            model.get_submodule(f"{owner}.patch_embed".lstrip(".")).register_forward_hook(grid)
     model._sparsifiner_conversion = Conversion(swapped, left)  # type: ignore[assignment]
     costly = Counter((item.dense_class, item.reason) for item in left if item.reason not in CHEAP)
     for (dense_class, reason), count in costly.items():
@@ -119,10 +119,8 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model)
     for name, layer in sparse_layers(model).items():
         model.set_submodule(name, layer.to_dense())
+    drop_unused_grids(model)
     for module in model.modules():
-        hooks = module._forward_hooks
-        for handle in [handle for handle, hook in hooks.items() if isinstance(hook, PatchGrid)]:
-            del hooks[handle]
         vars(module).pop("_sparsifiner_conversion", None)
     return model
 
@@ -185,11 +183,6 @@ def _owner(model: nn.Module, name: str) -> str | None:
         if hasattr(module, "num_prefix_tokens") and getattr(embed, "grid_size", None) is not None:
             return name
     return None
-
-
-def _patch_grid(owner: Any) -> PatchGrid:
-    embed = owner.patch_embed
-    return PatchGrid(tuple(embed.grid_size), tuple(getattr(embed, "patch_size", (1, 1))), owner.num_prefix_tokens)
 
 
 def _check_fit(grid: PatchGrid, config: SparsifinerConfig) -> None:

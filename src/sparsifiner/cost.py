@@ -85,9 +85,10 @@ def predicted_share(
     """
     assert isinstance(config.keep_rate, float)
     costs = _COSTS[dtype]
-    keys = math.ceil(config.keep_rate * tiling.num_patches) + tiling.num_prefix_tokens
+    kept = math.ceil(config.keep_rate * (tiling.num_patches + tiling.num_missing))
+    keys = min(kept, tiling.num_patches) + tiling.num_prefix_tokens
     if config.tail is not None:
-        keys += Tiling(tiling.grid, config.tail).num_tiles
+        keys += tiling.regions(config.tail).num_tiles
     lanes = math.ceil(tiling.tile_size / 16) * 16  # queries lie in the lanes of vectors of 16
     attend_macs = 2 * heads * width * tiling.num_tiles * lanes * keys
     elements = heads * width * tiling.num_tokens

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from .subset import SubsetTiling
+from .tiling import Tiling
 
 
 class PatchGrid:
@@ -12,7 +15,8 @@ class PatchGrid:
 
     It is a forward hook of the patch embedding, because attention layers see a flat sequence and cannot
     tell a 16x64 grid from a 32x32 one. One model instance serves one input size at a time: threads that
-    feed different sizes concurrently need a copy of the model each.
+    feed different sizes concurrently need a copy of the model each. Where tokens are pruned it also knows
+    which patches each image of the batch still holds; such a model serves one thread at a time.
 
     Args:
         shape: rows and columns the model was built for, used until the first forward pass.
@@ -24,8 +28,23 @@ class PatchGrid:
         self.shape = shape
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens
+        # By length of the sequence, which shrinks wherever tokens go, so that a layer that runs again
+        # (activation checkpointing) finds the patches it saw the first time.
+        self.kept: dict[int, Tensor] = {}
+
+    @property
+    def num_patches(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def tiling(self, tile: tuple[int, int], num_tokens: int) -> Tiling:
+        """The query tiles of a sequence of ``num_tokens`` tokens, of the patches that it still holds."""
+        positions = self.kept.get(num_tokens)
+        if positions is None:
+            return Tiling(self.shape, tile, self.num_prefix_tokens)
+        return SubsetTiling.of(positions, self.shape, tile, self.num_prefix_tokens, num_tokens)
 
     def __call__(self, patch_embed: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.kept = {}
         if output.ndim == 4:  # [B, rows, columns, C], as timm returns it for dynamic image sizes
             self.shape = (output.shape[1], output.shape[2])
             return
@@ -33,3 +52,26 @@ class PatchGrid:
         shape = (height // self.patch_size[0], width // self.patch_size[1])
         # Padded images and convolutional stems follow the size the embedding was built for.
         self.shape = shape if shape[0] * shape[1] == output.shape[1] else tuple(patch_embed.grid_size)
+
+
+def find_grid(owner: Any) -> PatchGrid | None:
+    """The patch grid that already follows the patch embedding of ``owner``, or None."""
+    hooks = owner.patch_embed._forward_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, PatchGrid)), None)
+
+
+def follow_grid(owner: Any) -> PatchGrid:
+    """The patch grid of ``owner``, a timm model with ``patch_embed``; not hooked in yet where there was none."""
+    embed = owner.patch_embed
+    return find_grid(owner) or PatchGrid(
+        tuple(embed.grid_size), tuple(getattr(embed, "patch_size", (1, 1))), owner.num_prefix_tokens
+    )
+
+
+def drop_unused_grids(model: nn.Module) -> None:
+    """Take out the hooks of patch grids that no layer of ``model`` looks at any more."""
+    used = {id(vars(module)["grid"]) for module in model.modules() if "grid" in vars(module)}
+    for module in model.modules():
+        hooks = module._forward_hooks
+        for handle in [n for n, hook in hooks.items() if isinstance(hook, PatchGrid) and id(hook) not in used]:
+            del hooks[handle]

@@ -20,32 +20,37 @@ from .convert import sparse_layers, sparsify
 from .files import replacing, write_atomically
 from .messages import one_line
 from .predictors import LowRankPredictor
+from .tokens import TokenPruning, prune_tokens, token_pruning
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
-FORMAT = 1
+FORMAT = 2
+"""Written; format 1, which knew no token pruning, is read as well."""
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
-    """Write a sparse timm model to ``folder``: its settings as JSON, its weights as safetensors.
+    """Write a sparse or pruned timm model to ``folder``: its settings as JSON, its weights as safetensors.
 
     Where the pretrained weights the model started from are on this computer (in the package or in the
     Hugging Face cache), only the tensors that differ from them are written, the predictors above all, with
     a fingerprint of the others. Files are replaced whole; an interrupted save leaves the old ones.
 
     Args:
-        model: the result of ``sparsify`` on a model made by ``timm.create_model``.
+        model: the result of ``sparsify``, ``prune_tokens`` or both on a model made by ``timm.create_model``.
         folder: made if needed.
         model_args: arguments of ``timm.create_model`` beyond the architecture; found out if None.
 
     Raises:
-        ValueError: if the model is not sparse, not a timm model, or ``model_args`` do not rebuild it.
+        ValueError: if the model is neither sparse nor pruned, not a timm model, or ``model_args`` do not rebuild it.
         OSError: if the folder cannot be written.
     """
-    layers = list(sparse_layers(model).values())
+    layers = _sparse_layers(model)
+    pruning = _token_pruning(model)
+    if not layers and pruning is None:
+        raise ValueError(f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first")
     architecture = _architecture(model)
     arguments = _model_args(model) if model_args is None else dict(model_args)
-    dtype = layers[0].proj.weight.dtype
+    dtype = next(model.parameters()).dtype
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_rebuilds(model, architecture, arguments)
     settings: dict[str, Any] = {
@@ -53,8 +58,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         "architecture": architecture,
         "model_args": arguments,
         "dtype": str(dtype).removeprefix("torch."),
-        "config": _common_config([layer.config for layer in layers]).to_dict(),
-        "basis_grid": _basis_grid(layers[0]),
+        "config": _common_config([layer.config for layer in layers]).to_dict() if layers else None,
+        "token_pruning": None if pruning is None else pruning.to_dict(),
+        "basis_grid": _basis_grid(layers[0]) if layers else None,
         "dense_fingerprint": None,
     }
     base = _local_pretrained(architecture, arguments, dtype)
@@ -98,7 +104,11 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
             f"weights here are not the ones it was made from; save the model again where it was made"
         )
-    sparse = sparsify(model, SparsifinerConfig.from_dict(settings["config"]), inplace=True).to(dtype)
+    if settings.get("token_pruning") is not None:
+        prune_tokens(model, **TokenPruning.from_dict(settings["token_pruning"]).to_dict(), inplace=True)
+    sparse = model
+    if settings["config"] is not None:
+        sparse = sparsify(model, SparsifinerConfig.from_dict(settings["config"]), inplace=True).to(dtype)
     if settings["basis_grid"] is not None:
         for layer in sparse_layers(sparse).values():
             layer.reset_predictor(tuple(settings["basis_grid"]))
@@ -172,8 +182,20 @@ def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, An
 
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without the predictors' own weights."""
-    own = tuple(f"{name}.predictor.".lstrip(".") for name in sparse_layers(model))
+    layers = [name for name, module in model.named_modules() if isinstance(module, SparseAttention)]
+    own = tuple(f"{name}.predictor.".lstrip(".") for name in layers)
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+
+
+def _sparse_layers(model: nn.Module) -> list[SparseAttention]:
+    return [module for module in model.modules() if isinstance(module, SparseAttention)]
+
+
+def _token_pruning(model: nn.Module) -> TokenPruning | None:
+    try:
+        return token_pruning(model)
+    except ValueError:
+        return None
 
 
 def _basis_grid(layer: SparseAttention) -> list[int] | None:
@@ -240,8 +262,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     names = {"format", "architecture", "model_args", "dtype", "config", "basis_grid", "dense_fingerprint"}
     if not isinstance(settings, dict) or not names <= settings.keys():
         raise ValueError(f"{path} is not the description of a saved sparse model; expected {', '.join(sorted(names))}")
-    if settings["format"] != FORMAT:
-        raise ValueError(f"{path} has format {settings['format']}, this version reads {FORMAT}; update sparsifiner")
+    if settings["format"] not in (1, FORMAT):
+        raise ValueError(
+            f"{path} has format {settings['format']}, this version reads 1 and {FORMAT}; update sparsifiner"
+        )
     return settings
 
 

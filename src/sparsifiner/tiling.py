@@ -63,6 +63,29 @@ class Tiling:
         """Whether every rectangle is whole."""
         return self.grid[0] % self.tile[0] == 0 and self.grid[1] % self.tile[1] == 0
 
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Rows and columns of the whole image's patch grid, pruned tokens included."""
+        return self.grid
+
+    @property
+    def num_image_prefix_tokens(self) -> int:
+        """Prefix tokens of the model itself."""
+        return self.num_prefix_tokens
+
+    @property
+    def num_missing(self) -> int:
+        """Patches of the image that are no longer in the sequence."""
+        return 0
+
+    def rectangle(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The rectangle of this grid that serves for one of ``size`` patches of the image."""
+        return size
+
+    def regions(self, size: tuple[int, int]) -> Tiling:
+        """The same patches cut into rectangles of ``size`` instead: the tail's blocks."""
+        return Tiling(self.grid, self.rectangle(size), self.num_prefix_tokens)
+
     def tokens(self, device: torch.device) -> Tensor:
         """Token numbers of each rectangle, int32 ``[T, S]``; -1 where it sticks out of the grid."""
         return _index_tensors(self.grid, self.tile, self.num_prefix_tokens, device)[0]

@@ -8,6 +8,7 @@ from ..attention import SparseAttention
 from .bias import SparseBeitAttention, SparseRelPosAttention
 from .refused import REFUSED
 from .rope import SparseEvaAttention, SparseRopeAttention
+from .scored import SparseScoredAttention
 from .vit import SparseVitAttention
 
 __all__ = ["ADAPTERS", "find_adapter"]
@@ -16,6 +17,7 @@ ADAPTERS: dict[type[nn.Module], type[SparseAttention]] = {
     adapter.dense_class: adapter
     for adapter in (
         SparseVitAttention,
+        SparseScoredAttention,
         SparseRopeAttention,
         SparseEvaAttention,
         SparseBeitAttention,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers.attention import Attention
 from torch import Tensor, nn
@@ -21,10 +21,16 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def project_vit(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v ``[B, H, N, D]`` of timm's ``Attention``, normed where it has norms."""
+    q, k, v = split_qkv(layer.qkv(x), layer.num_heads)
+    return layer.q_norm(q), layer.k_norm(k), v
+
+
 class SparseVitAttention(SparseAttention, Attention):
     """q/k norm, output norm, output gate and projection as in timm's ``Attention``."""
 
-    dense_class = Attention
+    dense_class: ClassVar[type[nn.Module]] = Attention
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -33,8 +39,7 @@ class SparseVitAttention(SparseAttention, Attention):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **context: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         refuse_mask(attn_mask, is_causal)
-        q, k, v = split_qkv(self.qkv(x), self.num_heads)
-        return self.q_norm(q), self.k_norm(k), v, None
+        return *project_vit(self, x), None
 
     def merge(self, x: Tensor, out: Tensor) -> Tensor:
         return gated_projection(self, x, out)

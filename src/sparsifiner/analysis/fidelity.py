@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks import refuse_reduced
 from ..recording import record
 
 
@@ -89,8 +90,10 @@ def measure_fidelity(
         names: a name per image; numbers if None.
 
     Raises:
-        ValueError: if there is no image, or a model has no ``forward_features``.
+        ValueError: if there is no image, a model has no ``forward_features``, or one prunes or merges tokens.
     """
+    for model in (dense, sparse):
+        refuse_reduced(model, "fidelity figures")
     results: list[ImageFidelity] = []
     density: dict[str, list[float]] = {}
     for batch in images:

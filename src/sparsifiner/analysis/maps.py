@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Observer, SparseAttention
+from ..blocks import refuse_reduced
 from ..config import SparsifinerConfig
 from ..connectivity import Connectivity
 from ..convert import sparse_layers, sparsify
@@ -76,8 +77,10 @@ def attention_maps(
         layers: numbers of sparse layers from 0; the first, the middle and the last if None.
 
     Raises:
-        ValueError: if ``x`` holds more than one image, a query lies outside the grid, or attention ran dense.
+        ValueError: if ``x`` holds more than one image, a query lies outside the grid, attention ran dense, or the
+            model prunes or merges tokens.
     """
+    refuse_reduced(sparse, "attention maps")
     if x.ndim != 4 or x.shape[0] != 1:
         raise ValueError(f"x must hold one image, [1, 3, height, width], got {list(x.shape)}")
     names = list(sparse_layers(sparse))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..adapters.scored import class_scores
 from ..adapters.vit import SparseVitAttention
 from ..connectivity import Connectivity
 from ..convert import sparse_layers
@@ -60,8 +61,7 @@ class ZeroedTokensAttention(SparseVitAttention):
         out = sparse_attention(q, k, v, connectivity, scale=self.scale)
         if self.token_keep_rate is not None:
             # The class token's attention, mean over heads, ranks the patches (the paper, section 3.5; EViT).
-            weights = (q[:, :, :1] @ k.transpose(-1, -2) * self.scale).softmax(-1)
-            score = weights[:, :, 0, 1:].mean(1)
+            score = class_scores(q, k, self.scale)[:, 1:]
             if alive is not None:
                 score = score.masked_fill(~alive, float("-inf"))
             best = score.topk(math.ceil(self.token_keep_rate * score.shape[-1]), sorted=False).indices

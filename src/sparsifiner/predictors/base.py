@@ -82,8 +82,13 @@ class Predictor(nn.Module):
         return tiling.num_tokens - self.first_candidate(tiling)
 
     def num_keep(self, tiling: Tiling) -> int:
-        """Candidates every tile keeps, ``ceil(keep_rate * candidates)``."""
-        return math.ceil(self.keep_rate * self.num_candidates(tiling))
+        """Candidates every tile keeps, ``ceil(keep_rate * candidates)``.
+
+        Where tokens were pruned, ``keep_rate`` still is a share of the whole image's, as in the paper; no more
+        than there are.
+        """
+        candidates = self.num_candidates(tiling)
+        return min(candidates, math.ceil(self.keep_rate * (candidates + tiling.num_missing)))
 
     def with_prefix(self, candidates: Tensor, tiling: Tiling) -> Tensor:
         """Candidate numbers ``[B, H, T, K]`` to token numbers, prefix tokens put first where always kept."""

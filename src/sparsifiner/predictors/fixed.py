@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from ..subset import SubsetTiling
 from ..tiling import Tiling
 from .base import Predictor, TileScores
 
@@ -16,7 +17,10 @@ class _FixedPattern(Predictor):
 
     @abstractmethod
     def pattern(self, tiles: Tensor, heads: int, tiling: Tiling) -> Tensor:
-        """Scores ``[H or 1, t, num_patches]`` of the tiles numbered ``tiles`` ``[t]`` for every patch."""
+        """Scores of the tiles numbered ``tiles`` ``[t]`` for every patch.
+
+        Their shape is ``[H or 1, t, num_patches]``, or ``[B, 1, t, num_patches]`` where images hold different patches.
+        """
 
     def tile_scores(
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
@@ -39,6 +43,9 @@ class LocalPredictor(_FixedPattern):
     """The nearest keys around the tile's centre, by Euclidean distance on the patch grid."""
 
     def pattern(self, tiles: Tensor, heads: int, tiling: Tiling) -> Tensor:
+        if isinstance(tiling, SubsetTiling):
+            centres, keys = tiling.tile_centres()[:, tiles], tiling.coordinates()
+            return -(centres[:, :, None] - keys[:, None]).square().sum(-1)[:, None]
         rows, columns = tiling.grid
         tile_row, tile_column = tiles // tiling.shape[1], tiles % tiling.shape[1]
         y = tile_row * tiling.tile[0] + (tiling.tile[0] - 1) / 2

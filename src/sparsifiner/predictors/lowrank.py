@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
 from ..connectivity import Connectivity
+from ..subset import SubsetTiling
 from ..tiling import Tiling
 from .base import Predictor, TileScores
 
@@ -94,23 +95,26 @@ class LowRankPredictor(Predictor):
         return coef
 
     def signed_basis(self, tiling: Tiling) -> Tensor:
-        """``W_up`` as it was learned, ``[N, n_down]``."""
+        """``W_up`` as it was learned, ``[N, n_down]``; ``[B, 1, N, n_down]`` where tokens were pruned."""
         return self.resampled(self.w_down if self.w_up is None else self.w_up, tiling, total=False)
 
     def basis(self, tiling: Tiling) -> Tensor:
-        """``W_up`` as the scores use it, ``[N, n_down]``: absolute and thresholded but while reconstructing."""
+        """``W_up`` as the scores use it: absolute and thresholded but while reconstructing.
+
+        ``[N, n_down]``, or ``[B, 1, N, n_down]`` where tokens were pruned and each image keeps other rows.
+        """
         w_up = self.signed_basis(tiling)
         return w_up if self.reconstructing else F.threshold(w_up.abs(), self.config.basis_threshold, 0.0)
 
     def token_scores(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
         """Estimated attention of every patch query to every token, ``[B, H, num_patches, N]``; differentiable."""
-        return self.coefficients(q, k, tiling) @ self.basis(tiling).transpose(0, 1)
+        return self.coefficients(q, k, tiling) @ self.basis(tiling).mT
 
     def tile_scores(
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
         coef = tiling.sum_patches(self.coefficients(q, k, tiling))
-        basis = self.basis(tiling)[self.first_candidate(tiling) :].transpose(0, 1)
+        basis = self.basis(tiling)[..., self.first_candidate(tiling) :, :].mT
         batch, heads, num_tokens, _ = q.shape
         return lambda start, stop: coef[:, :, start:stop] @ basis, batch * heads * num_tokens * q.element_size()
 
@@ -142,17 +146,18 @@ class LowRankPredictor(Predictor):
         """``weight`` ``[N, n_down]`` for the grid of ``tiling``, interpolated like position embeddings.
 
         Prefix rows stay. With ``total`` the weights of the patches are scaled so that a sum over the
-        keys keeps its size.
+        keys keeps its size. Where tokens were pruned, their rows are left out: ``[B, 1, N, n_down]``.
         """
-        if tiling.num_prefix_tokens != self.num_prefix_tokens:
+        if tiling.num_image_prefix_tokens != self.num_prefix_tokens:
             raise ValueError(
-                f"the predictor was made for {self.num_prefix_tokens} prefix tokens, got {tiling.num_prefix_tokens}"
+                f"the predictor was made for {self.num_prefix_tokens} prefix tokens, "
+                f"got {tiling.num_image_prefix_tokens}"
             )
-        if tiling.grid == self.grid:
-            return weight
-        prefix, patches = weight[: self.num_prefix_tokens], weight[self.num_prefix_tokens :]
-        image = patches.transpose(0, 1).unflatten(1, self.grid)[None].float()
-        resized = F.interpolate(image, size=tiling.grid, mode="bicubic", antialias=True)
-        if total:
-            resized = resized * (len(patches) / tiling.num_patches)
-        return torch.cat([prefix, resized[0].flatten(1).transpose(0, 1).to(weight.dtype)])
+        if tiling.image_grid != self.grid:
+            prefix, patches = weight[: self.num_prefix_tokens], weight[self.num_prefix_tokens :]
+            image = patches.transpose(0, 1).unflatten(1, self.grid)[None].float()
+            resized = F.interpolate(image, size=tiling.image_grid, mode="bicubic", antialias=True)[0].flatten(1).mT
+            if total:
+                resized = resized * (len(patches) / len(resized))
+            weight = torch.cat([prefix, resized.to(weight.dtype)])
+        return tiling.rows(weight, total=total)[:, None] if isinstance(tiling, SubsetTiling) else weight

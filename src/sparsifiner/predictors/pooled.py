@@ -88,14 +88,14 @@ class PooledPredictor(Predictor):
 
     def group_block(self, tiling: Tiling) -> tuple[int, int]:
         """Rows and columns of the sub-blocks that a tile's groups start as."""
-        (height, width), (rows, columns) = tiling.tile, self.config.query_pool
+        (height, width), (rows, columns) = tiling.tile, tiling.rectangle(self.config.query_pool)
         return (rows if height % rows == 0 else 1, columns if width % columns == 0 else 1)
 
     def stakes(self, v: Tensor, tiling: Tiling) -> Tensor | None:
         """Distance of each candidate's value from its tail block's mean, ``[B, H, candidates]``."""
         if self.config.tail is None:
             return None
-        blocks = Tiling(tiling.grid, self.config.tail, tiling.num_prefix_tokens)
+        blocks = tiling.regions(self.config.tail)
         return distance_from_block(v, blocks)[:, :, self.first_candidate(tiling) :]
 
 

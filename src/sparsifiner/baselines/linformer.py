@@ -1,0 +1,87 @@
+"""Linformer (Wang et al., 2020): keys and values projected to a few rows, the same for every image."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+from ..adapters.scored import dense_attention
+from ..adapters.vit import gated_projection, project_vit
+from ..attention import move_state, refuse_mask
+from ..grid import PatchGrid, follow_grid
+from ..subset import z_order
+
+
+class LinformerAttention(Attention):
+    """``softmax(q (E k)^T) (F v)`` with learned ``E`` and ``F`` ``[n_down, N]``, shared by the heads of a layer.
+
+    They start as average pooling: prefix tokens by themselves, the patches in compact regions of nearly equal size.
+
+    Args:
+        dense: the layer to take over. It must not be used afterwards: its weights are shared.
+        start: the pooling matrix ``[n_down, N]``.
+    """
+
+    def __init__(self, dense: Attention, start: Tensor) -> None:
+        nn.Module.__init__(self)
+        move_state(dense, self)
+        start = start.to(dense.qkv.weight)
+        self.key_basis = nn.Parameter(start.clone())
+        self.value_basis = nn.Parameter(start.clone())
+        self.train(dense.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, C]``."""
+        refuse_mask(attn_mask, is_causal)
+        if x.shape[1] != self.key_basis.shape[1]:
+            raise ValueError(
+                f"Linformer's projections were made for {self.key_basis.shape[1]} tokens, got {x.shape[1]}; "
+                f"convert a model built for this image size"
+            )
+        q, k, v = project_vit(self, x)
+        k = torch.einsum("mn,bhnd->bhmd", self.key_basis, k)
+        v = torch.einsum("mn,bhnd->bhmd", self.value_basis, v)
+        return gated_projection(self, x, dense_attention(self, q, k, v))
+
+
+def linformer(model: nn.Module, *, keep_rate: float, inplace: bool = False) -> nn.Module:
+    """Replace the attention of a timm Vision Transformer by Linformer's, with average pooling to start from.
+
+    Args:
+        model: a timm model made of timm's standard attention. It is copied unless ``inplace``.
+        keep_rate: rows of the projections over tokens, ``n_down / N``, rounded up; at least one row more than there are
+            prefix tokens. At 1 the model stays what it was.
+        inplace: convert ``model`` itself and return it.
+
+    Raises:
+        ValueError: if no layer of ``model`` is timm's standard attention.
+    """
+    names = [name for name, module in model.named_modules() if type(module) is Attention]
+    if not names or getattr(model, "patch_embed", None) is None:
+        raise ValueError(f"{type(model).__name__} is no Vision Transformer with timm's standard attention")
+    if not inplace:
+        model = copy.deepcopy(model)
+    grid = follow_grid(model)
+    num_tokens = grid.num_prefix_tokens + grid.num_patches
+    n_down = max(grid.num_prefix_tokens + 1, math.ceil(keep_rate * num_tokens))
+    for name in names:
+        model.set_submodule(name, LinformerAttention(model.get_submodule(name), average_pooling(grid, n_down)))  # type: ignore[arg-type]
+    return model
+
+
+def average_pooling(grid: PatchGrid, n_down: int) -> Tensor:
+    """Matrix ``[n_down, N]`` that keeps prefix tokens and averages patches over runs of a Z-order curve.
+
+    Args:
+        grid: the patch grid and its prefix tokens.
+        n_down: rows, more than there are prefix tokens.
+    """
+    prefix = grid.num_prefix_tokens
+    regions = min(n_down - prefix, grid.num_patches)
+    place = z_order(grid.shape, torch.device("cpu")).argsort().argsort()
+    member = torch.nn.functional.one_hot(place * regions // grid.num_patches, regions).T.float()
+    return torch.block_diag(torch.eye(prefix), member / member.sum(1, keepdim=True))

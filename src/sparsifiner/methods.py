@@ -1,0 +1,103 @@
+"""Every method by name, so that a sweep can compare them: a model and a keep rate give a cheaper model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+from .baselines import linformer, merge_tokens
+from .config import PredictorName, SparsifinerConfig, check_keep_rate
+from .convert import sparsify
+from .grid import follow_grid
+from .tokens import prune_tokens
+
+Method = Callable[[nn.Module, float], nn.Module]
+"""Takes a dense timm model and a keep rate in (0, 1]; returns a converted copy."""
+
+
+def convert_with(name: str, model: nn.Module, keep_rate: float) -> nn.Module:
+    """A copy of ``model`` converted by the method ``name`` of :data:`METHODS`.
+
+    Raises:
+        ValueError: if there is no such method, or it cannot convert the model.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    return METHODS[name](model, check_keep_rate(keep_rate))
+
+
+def _sparse(predictor: str, **changes: Any) -> Method:
+    """Query tiles that keep ``keep_rate`` of the keys, at every size: a comparison must not fall back to dense."""
+
+    def convert(model: nn.Module, keep_rate: float) -> nn.Module:
+        settings: dict[str, Any] = dict(keep_rate=keep_rate, predictor=cast(PredictorName, predictor), dense_below=0)
+        return sparsify(model, SparsifinerConfig(**settings, **changes))
+
+    return convert
+
+
+def _dense(model: nn.Module, keep_rate: float) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def _paper(model: nn.Module, keep_rate: float) -> nn.Module:
+    return sparsify(model, SparsifinerConfig.paper(keep_rate=keep_rate))
+
+
+def _paper_with_pruning(model: nn.Module, keep_rate: float) -> nn.Module:
+    return _paper(_pruned(model, 0.7, fuse=True), keep_rate)
+
+
+def _linformer(model: nn.Module, keep_rate: float) -> nn.Module:
+    return linformer(model, keep_rate=keep_rate)
+
+
+def _pruned(model: nn.Module, keep_rate: float, *, fuse: bool) -> nn.Module:
+    """Pruning after each quarter of the depth: blocks 3, 6 and 9 of 12, 4, 8 and 12 of LV-ViT-S's 16."""
+    depth = len(getattr(model, "blocks", ()))
+    return prune_tokens(model, keep_rate=keep_rate, layers=sorted({depth * n // 4 for n in (1, 2, 3)}), fuse=fuse)
+
+
+def _evit(model: nn.Module, keep_rate: float) -> nn.Module:
+    return _pruned(model, keep_rate, fuse=True)
+
+
+def _token_pruning(model: nn.Module, keep_rate: float) -> nn.Module:
+    return _pruned(model, keep_rate, fuse=False)
+
+
+def _tome(model: nn.Module, keep_rate: float) -> nn.Module:
+    """Merge evenly over the blocks until ``keep_rate`` of the patches are left."""
+    depth = len(getattr(model, "blocks", ()))
+    if getattr(model, "patch_embed", None) is None:
+        return merge_tokens(model, 0)  # which refuses it and says why
+    gone = round((1 - keep_rate) * follow_grid(model).num_patches)
+    return merge_tokens(model, [gone * (n + 1) // depth - gone * n // depth for n in range(depth)])
+
+
+METHODS: dict[str, Method] = {
+    "dense": _dense,
+    "sparsifiner": _sparse("pooled"),
+    "sparsifiner-no-tail": _sparse("pooled", tail=None),
+    "lowrank": _sparse("lowrank"),
+    "paper": _paper,
+    "paper-evit": _paper_with_pruning,
+    "oracle": _sparse("oracle"),
+    "oracle-no-tail": _sparse("oracle", tail=None),
+    "local": _sparse("local"),
+    "local-no-tail": _sparse("local", tail=None),
+    "strided": _sparse("strided"),
+    "strided-no-tail": _sparse("strided", tail=None),
+    "random": _sparse("random"),
+    "random-no-tail": _sparse("random", tail=None),
+    "linformer": _linformer,
+    "token-pruning": _token_pruning,
+    "evit": _evit,
+    "tome": _tome,
+}
+"""What the keep rate means: keys per query for the sparse methods (``paper-evit`` adds pruning at 0.7), rows of the
+projections over tokens for ``linformer``, patches left by each of three pruning layers over those before it for
+``token-pruning`` and ``evit`` (so its third power in the end), patches left in the end for ``tome``."""
