@@ -64,12 +64,13 @@ class Samples(Dataset[Any]):
         for number in (*range(wanted, len(self)), *range(wanted)):
             try:
                 image = self.source.image(number)
-                with seeded(self.seed, epoch, wanted):
-                    return self.transform(image), self.source.label(number), broken
             except Exception as error:  # decoders raise what they like on a broken file
                 broken[self.source.name(number)] = one_line(error)
                 if not self.replace_broken:
                     return None, -1, broken
+                continue
+            with seeded(self.seed, epoch, wanted):
+                return self.transform(image), self.source.label(number), broken
         raise ValueError(f"none of the {len(self)} images can be read; the first: {next(iter(broken.items()))}")
 
 
