@@ -1,4 +1,4 @@
-"""The command line: ``sparsifiner report`` and ``sparsifiner info``."""
+"""The command line: ``sparsifiner report``, ``sparsifiner calibrate`` and ``sparsifiner info``."""
 
 from .main import main
 

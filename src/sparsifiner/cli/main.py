@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if code is None:
                 raise
     if code == INTERRUPTED:  # the parser turns the exception into the code
-        _say("interrupted; nothing was written")
+        _say("interrupted; no result was written")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -59,6 +59,7 @@ def build_app() -> Any:
     import typer
 
     from .benchmark import benchmark
+    from .calibrate import calibrate
     from .info import info
     from .report import report
 
@@ -72,6 +73,7 @@ def build_app() -> Any:
     app.callback()(_version)
     app.command()(report)
     app.command()(benchmark)
+    app.command()(calibrate)
     app.command()(info)
     return app
 

@@ -1,0 +1,1 @@
+"""Calibration of a sparse model to its own dense attention."""
