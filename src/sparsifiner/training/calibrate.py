@@ -277,6 +277,8 @@ class _Run:
         """Errors before and after, on each image."""
         before = copy.deepcopy(model).eval()
         before_layers = sparse_layers(before)
+        for layer in before_layers.values():
+            layer.observer = None
         tensors = self.state.tensors
 
         def step(number: int) -> None:
