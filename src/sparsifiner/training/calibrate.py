@@ -247,7 +247,7 @@ class _Run:
             offset = self.layers[name].predictor.tail_offset
             assert offset is not None
             with torch.no_grad():
-                offset.copy_(best_offsets(tensors[f"{stage}.{name}"]))
+                offset.copy_(best_offsets(tensors[f"{stage}.{name}"], len(self.images)))
 
     def share_budget(self) -> None:
         """Keep rates per layer under the mean of the present ones."""

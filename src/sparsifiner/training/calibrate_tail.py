@@ -13,6 +13,9 @@ from ..tiling import Tiling
 OFFSETS = torch.linspace(-1.0, 2.0, 31)
 """The offsets that are tried; the best is refined between its neighbours."""
 
+PRIOR_IMAGES = 2.0
+"""Fitted to two or three photographs, whole offsets made others of the bundled ones worse, halved ones better."""
+
 LOGIT_BYTES = 32 * 2**20
 
 
@@ -86,11 +89,12 @@ def _parts(
     return weights * listed[:, :, tile_of_row], (pooled_logits - top).exp(), weights
 
 
-def best_offsets(errors: Tensor) -> Tensor:
-    """The offset of least error per head, float32 ``[H]``: the best one tried, refined by a parabola.
+def best_offsets(errors: Tensor, num_images: int) -> Tensor:
+    """The offset of least error per head, float32 ``[H]``: the best one tried, refined and shrunk towards zero.
 
     Args:
         errors: as from :func:`offset_errors`, summed over images, ``[H, offsets]``.
+        num_images: how many; an offset of zero weighs as much as :data:`PRIOR_IMAGES` of them.
     """
     best = errors.argmin(-1)
     middle = best.clamp(1, errors.shape[-1] - 2)
@@ -99,7 +103,7 @@ def best_offsets(errors: Tensor) -> Tensor:
     shift = torch.where(curvature > 0, (left - right) / (2 * curvature.clamp(min=1e-30)), 0.0).clamp(-1, 1)
     refined = OFFSETS[middle].double() + shift * (OFFSETS[1] - OFFSETS[0]).double()
     flat = errors.amax(-1) - errors.amin(-1) <= 1e-12 * errors.amax(-1)  # nothing was left to the tail
-    return torch.where(flat, 0.0, refined).float()
+    return torch.where(flat, 0.0, refined * (num_images / (num_images + PRIOR_IMAGES))).float()
 
 
 def sample_tiles(tiling: Tiling, count: int, generator: torch.Generator) -> Tensor:
