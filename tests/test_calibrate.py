@@ -30,8 +30,8 @@ from sparsifiner.training.calibrate_tail import OFFSETS, best_offsets
 from sparsifiner.training.reconstruction import reconstruction_loss
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
-TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12)
-POOLED = SparsifinerConfig(keep_rate=0.1, query_tile=(2, 2), tail=(2, 2))
+TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)
+POOLED = SparsifinerConfig(keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), dense_below=0)
 
 
 def tiny(depth: int = 2) -> nn.Module:

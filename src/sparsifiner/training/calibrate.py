@@ -110,8 +110,9 @@ def calibrate(
             run.fit_tail("tail offsets at the new keep rates")
         result = run.measure(model, val_images, held_out=validation is not None)
     for name, layer in layers.items():
-        fitted = run.layers[name]
-        layer.config, layer.predictor = fitted.config, fitted.predictor.train(layer.training)
+        fitted, dense_below = run.layers[name], layer.config.dense_below
+        layer.predictor = fitted.predictor.train(layer.training)
+        layer.configure(fitted.config.replace(dense_below=dense_below))
     return result
 
 
@@ -124,7 +125,7 @@ class _Run:
         self.images, self.state, self.tell, self.seed = images, state, tell, seed
         self.saved_at = time.monotonic()
         for layer in self.layers.values():
-            layer.observer = None
+            _watch_sparse(layer)
             if layer.config.tail is not None and not layer.config.tail_offset:
                 _add_tail_offset(layer)
 
@@ -278,7 +279,7 @@ class _Run:
         before = copy.deepcopy(model).eval()
         before_layers = sparse_layers(before)
         for layer in before_layers.values():
-            layer.observer = None
+            _watch_sparse(layer)
         tensors = self.state.tensors
 
         def step(number: int) -> None:
@@ -306,6 +307,12 @@ class _Run:
 
     def _generator(self, number: int, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + number) * 8 + stream)
+
+
+def _watch_sparse(layer: SparseAttention) -> None:
+    """On a copy: what counts is how the layer is when sparse, also at a size where it would run dense."""
+    layer.observer = None
+    layer.configure(layer.config.replace(dense_below=0))
 
 
 def _add_tail_offset(layer: SparseAttention) -> None:
