@@ -1,5 +1,7 @@
 """Sparse, instance-dependent attention for Vision Transformers (Wei et al., CVPR 2023)."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import models
 from .analysis.flops import count_flops
 from .config import SparsifinerConfig
@@ -11,6 +13,9 @@ from .saving import from_pretrained, save_pretrained
 from .tiling import Tiling
 from .tokens import kept_patches, prune_tokens, token_pruning, unprune_tokens
 
+if TYPE_CHECKING:
+    from .training.calibrate import calibrate
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -18,6 +23,7 @@ __all__ = [
     "SparsifinerConfig",
     "Tail",
     "Tiling",
+    "calibrate",
     "conversion",
     "count_flops",
     "densify",
@@ -34,3 +40,11 @@ __all__ = [
     "token_pruning",
     "unprune_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "calibrate":  # training is imported when it is asked for
+        from .training.calibrate import calibrate
+
+        return calibrate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -107,7 +107,7 @@ class SparseAttention(nn.Module):
         self._observe(q, k, v, connectivity)
         tail = None
         if self.config.tail is not None:
-            tail = pool_tail(k, v, connectivity, self.config.tail)
+            tail = pool_tail(k, v, connectivity, self.config.tail, self.predictor.tail_offset)
             if attn_bias is not None:
                 blocks = tiling.regions(self.config.tail)
                 patches = attn_bias[..., tiling.num_prefix_tokens :, None]

@@ -34,6 +34,9 @@ class SparsifinerConfig:
             ``(1, 1)`` is the paper's per-token connectivity.
         tail: rows and columns of the patch blocks whose pooled key and value stand in for the keys
             that were not kept, or None to drop those keys as the paper does.
+        tail_offset: whether each head adds an offset of its own to the tail's logits, zero until ``calibrate`` or
+            training fits it. A block's mean key draws less attention than its keys together (Jensen's
+            inequality), how much less depends on the head.
         keep_prefix: whether prefix tokens (class, registers) are kept as keys by every tile, on top
             of the budget. The paper lets the class token compete as an ordinary candidate.
         query_pool: ``pooled`` only: rows and columns of the sub-blocks whose queries are averaged before
@@ -66,6 +69,7 @@ class SparsifinerConfig:
     predictor: PredictorName = "pooled"
     query_tile: tuple[int, int] = (4, 4)
     tail: tuple[int, int] | None = (4, 4)
+    tail_offset: bool = False
     keep_prefix: bool = True
     query_pool: tuple[int, int] = (2, 2)
     query_refine: int = 2
@@ -96,6 +100,8 @@ class SparsifinerConfig:
             value = getattr(self, name)
             if value is not None or name != "tail":
                 object.__setattr__(self, name, _pair(name, value))
+        if self.tail_offset and self.tail is None:
+            raise ValueError("tail_offset needs a tail; set tail to the rows and columns of a block, such as (4, 4)")
         if self.reduction not in get_args(Reduction):
             raise ValueError(f"reduction {self.reduction!r} is unknown; choose max or sum")
         for name in ("reduce_n_factor", "reduce_c_factor", "n_down", "coef_topk"):

@@ -70,7 +70,9 @@ class Tail:
     bias: Tensor
 
 
-def pool_tail(k: Tensor, v: Tensor, connectivity: Connectivity, block: tuple[int, int]) -> Tail:
+def pool_tail(
+    k: Tensor, v: Tensor, connectivity: Connectivity, block: tuple[int, int], offset: Tensor | None = None
+) -> Tail:
     """Pool the keys into blocks of the patch grid, with exact log-counts of what each tile did not keep.
 
     Prefix tokens are in no block. At a keep rate of 1 every bias is ``-inf`` and the tail vanishes.
@@ -80,6 +82,7 @@ def pool_tail(k: Tensor, v: Tensor, connectivity: Connectivity, block: tuple[int
         v: values ``[B, H, N, D]``.
         connectivity: the kept keys.
         block: rows and columns of a block.
+        offset: added to the bias of each head, ``[H]``, or None; differentiable.
 
     Raises:
         ValueError: if the patch grid is smaller than a block.
@@ -87,6 +90,8 @@ def pool_tail(k: Tensor, v: Tensor, connectivity: Connectivity, block: tuple[int
     tiling = connectivity.tiling
     blocks = tiling.regions(block)
     bias = tail_log_counts(connectivity, blocks).to(torch.promote_types(k.dtype, torch.float32))
+    if offset is not None:
+        bias = bias + offset.to(bias.dtype)[:, None, None]
     return Tail(pool_blocks(k, blocks), pool_blocks(v, blocks), bias)
 
 

@@ -105,7 +105,7 @@ def measure_fidelity(
                 got = final_features(sparse, image)
             for layer, item in seen.items():
                 density.setdefault(layer, []).append(1.0 if item.connectivity is None else item.connectivity.density())
-            results.append(_compare(name, expected, got))
+            results.append(compare_features(name, expected, got))
     if not results:
         raise ValueError("there is no image to measure fidelity on; give at least one")
     return Fidelity(results, {layer: sum(values) / len(values) for layer, values in density.items()})
@@ -123,7 +123,10 @@ def final_features(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return tokens[:, prefix:].float(), tokens[:, 0].float() if has_class else None
 
 
-def _compare(name: str, dense: tuple[Tensor, Tensor | None], sparse: tuple[Tensor, Tensor | None]) -> ImageFidelity:
+def compare_features(
+    name: str, dense: tuple[Tensor, Tensor | None], sparse: tuple[Tensor, Tensor | None]
+) -> ImageFidelity:
+    """The fidelity of one image from its features, dense and sparse, as :func:`final_features` returns them."""
     patch_l2, patch_cosine = _distance(dense[0], sparse[0])
     if dense[1] is None or sparse[1] is None:
         return ImageFidelity(name, patch_l2, patch_cosine)

@@ -273,14 +273,20 @@ def _predictor_terms(
         coefficients = heads * tiling.num_patches * narrow * n_down
         terms = {"q', k' projections": projections, "k_down": down, "coefficients": coefficients}
         terms["scores"] = total - sum(terms.values())
+        if predictor.config.tail is not None:
+            terms["values"] = _stakes_macs(heads, width, tiling)
         return terms, projections + down
     if not total:
         return {}, 0
     terms = {"products": total}
     if predictor.config.predictor == "pooled" and predictor.config.tail is not None:
-        # Block means of the values, and the norms of what they get wrong: one MAC per entry each.
-        terms["values"] = 2 * heads * width * tiling.num_patches
+        terms["values"] = _stakes_macs(heads, width, tiling)
     return terms, sum(terms.values())
+
+
+def _stakes_macs(heads: int, width: int, tiling: Tiling) -> int:
+    """Block means of the values, and the norms of what they get wrong: one MAC per entry each."""
+    return 2 * heads * width * tiling.num_patches
 
 
 def _attention_layers(model: nn.Module) -> list[str]:

@@ -132,6 +132,18 @@ def check_size(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
         )
 
 
+def read_photo(file: Path) -> Image:
+    """One picture as RGB, turned as its camera was held.
+
+    Raises:
+        ValueError: if it is missing or no image.
+    """
+    try:
+        return _read(file)
+    except Exception as error:  # PIL's decoders raise what they like on a broken file
+        raise ValueError(f"the picture {file} cannot be read: {_reason(error)}") from error
+
+
 def _read(file: Path) -> Image:
     from PIL import Image as Pillow
     from PIL import ImageOps

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import SparsifinerConfig
 from ..convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
 from ..models import load_model
+from ..progress import Progress
 from ..tiling import Tiling
 from .crossover import BreakEven, break_even
 from .fidelity import measure_fidelity
@@ -23,9 +24,6 @@ from .maps import attention_maps
 from .memory import PeakMemory, measure_memory
 from .pictures import draw_maps
 from .report import Case, Report, this_machine
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: ``sparsifiner report``, ``info``, ``train`` and ``validate``."""
+"""The command line: ``sparsifiner report``, ``benchmark``, ``calibrate``, ``info``, ``train`` and ``validate``."""
 
 from .main import main
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .report import DTYPES, parse_keep_rates, parse_sizes, progress_on
+from .report import DTYPES, parse_keep_rates, parse_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +54,7 @@ def benchmark(
     from ..analysis.report import this_machine
     from ..config import SparsifinerConfig
     from ..convert import sparsify
+    from ..progress import progress_on
 
     base = SparsifinerConfig() if config is None else SparsifinerConfig.from_file(config)
     models = {size: _build(model, size) for size in sizes}

@@ -59,6 +59,7 @@ def build_app() -> Any:
     import typer
 
     from .benchmark import benchmark
+    from .calibrate import calibrate
     from .info import info
     from .report import report
     from .train import train
@@ -74,6 +75,7 @@ def build_app() -> Any:
     app.callback()(_version)
     app.command()(report)
     app.command()(benchmark)
+    app.command()(calibrate)
     app.command()(info)
     app.command()(train)
     app.command()(validate)

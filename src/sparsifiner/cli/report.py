@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from ..analysis.run import Progress
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,6 +58,7 @@ def report(
     from ..analysis.run import Settings, run_report
     from ..analysis.table import print_report
     from ..config import SparsifinerConfig
+    from ..progress import progress_on
 
     stderr = Console(stderr=True)
     photos = bundled_photos(num_images) if images is None else load_photos(images, num_images)
@@ -74,7 +70,7 @@ def report(
         keep_rates=rates,
         config=None if config is None else SparsifinerConfig.from_file(config),
         dtype=getattr(torch, dtype),
-        device=_device(device),
+        device=parse_device(device),
         repeats=repeats,
         max_seconds=max_seconds,
         max_tokens=max_tokens,
@@ -131,7 +127,7 @@ def _parts(text: str, option: str, example: str) -> list[str]:
     return parts
 
 
-def _device(name: str):  # type: ignore[no-untyped-def]
+def parse_device(name: str):  # type: ignore[no-untyped-def]
     import torch
 
     try:
@@ -141,25 +137,5 @@ def _device(name: str):  # type: ignore[no-untyped-def]
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda cannot be used: torch sees no CUDA GPU here; choose cpu")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported by the report; choose cpu or cuda")
+        raise ValueError(f"device {name!r} is not supported; choose cpu or cuda")
     return device
-
-
-@contextmanager
-def progress_on(console) -> Iterator[Progress]:  # type: ignore[no-untyped-def]
-    """A bar per stage on stderr; where that is no terminal, a line as each stage begins."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    tasks: dict[str, object] = {}
-
-    def tell(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-            if not console.is_terminal:
-                console.print(stage, markup=False, highlight=False)
-        bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
-
-    with bars:
-        yield tell

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from ..config import SparsifinerConfig
 from .base import Predictor
 from .fixed import LocalPredictor, RandomPredictor, StridedPredictor
@@ -33,6 +36,11 @@ def build_predictor(
     config: SparsifinerConfig, *, num_heads: int, head_dim: int, grid: tuple[int, int], num_prefix_tokens: int
 ) -> Predictor:
     """The predictor that ``config`` names, for one attention layer; arguments as in ``LowRankPredictor``."""
+    predictor: Predictor
     if config.predictor == "lowrank":
-        return LowRankPredictor(config, num_heads, head_dim, grid, num_prefix_tokens)
-    return _WITHOUT_WEIGHTS[config.predictor](config)
+        predictor = LowRankPredictor(config, num_heads, head_dim, grid, num_prefix_tokens)
+    else:
+        predictor = _WITHOUT_WEIGHTS[config.predictor](config)
+    if config.tail_offset:
+        predictor.tail_offset = nn.Parameter(torch.zeros(num_heads))
+    return predictor

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
 from ..connectivity import Connectivity
+from ..pooling import distance_from_block
 from ..selection import top_keys
 from ..tiling import Tiling
 
@@ -33,6 +34,8 @@ class Predictor(nn.Module):
         if not isinstance(config.keep_rate, float):
             raise ValueError("a predictor serves one layer; give it config.for_layer(...), with one keep_rate")
         self.config = config
+        self.tail_offset: nn.Parameter | None = None
+        """Added to the tail's logits, ``[H]``; the one weight that belongs to attention, not to the choice of keys."""
 
     @property
     def keep_rate(self) -> float:
@@ -97,3 +100,9 @@ class Predictor(nn.Module):
             return candidates
         prefix = torch.arange(first, dtype=torch.int32, device=candidates.device)
         return torch.cat([prefix.expand(*candidates.shape[:3], first), candidates + first], dim=-1)
+
+    def stakes(self, v: Tensor, tiling: Tiling) -> Tensor | None:
+        """Distance of each candidate's value from its tail block's mean, ``[B, H, candidates]``."""
+        if self.config.tail is None:
+            return None
+        return distance_from_block(v, tiling.regions(self.config.tail))[:, :, self.first_candidate(tiling) :]

@@ -17,7 +17,9 @@ class LowRankPredictor(Predictor):
     """Sparse coefficients times a sparse basis, shared by the heads of a layer.
 
     ``coef = softmax(q' (W_down^T k')^T * scale)`` and ``score = coef |W_up|^T`` with ``q'`` and ``k'``
-    of reduced width. A tile scores by the sum of its queries' rows, so 1x1 tiles are the paper's.
+    of reduced width. A tile scores by the sum of its queries' rows, so 1x1 tiles are the paper's. With a tail,
+    the estimated attention counts times the distance of the key's value from the pooled value that would stand
+    in for it, as in the training-free predictor.
 
     Args:
         config: settings of this layer.
@@ -78,7 +80,10 @@ class LowRankPredictor(Predictor):
             k: keys ``[B, H, N, D]``.
             tiling: the patch grid of this input.
         """
-        narrow_q, narrow_k = self.narrow(q, k, tiling)
+        return self.coefficients_of(*self.narrow(q, k, tiling), tiling)
+
+    def coefficients_of(self, narrow_q: Tensor, narrow_k: Tensor, tiling: Tiling) -> Tensor:
+        """The same from any queries ``[B, H, Q, d]`` and all keys ``[B, H, N, d]`` at the reduced width."""
         k_down = narrow_k.transpose(-1, -2) @ self.resampled(self.w_down, tiling, total=True)
         return (narrow_q @ k_down * self.scale).softmax(-1)
 
@@ -116,7 +121,15 @@ class LowRankPredictor(Predictor):
         coef = tiling.sum_patches(self.coefficients(q, k, tiling))
         basis = self.basis(tiling)[..., self.first_candidate(tiling) :, :].mT
         batch, heads, num_tokens, _ = q.shape
-        return lambda start, stop: coef[:, :, start:stop] @ basis, batch * heads * num_tokens * q.element_size()
+        # A threshold on the scores is one on estimated attention, as in the paper.
+        stakes = self.stakes(v, tiling) if self.config.score_threshold is None else None
+        weights_of_keys = None if stakes is None else stakes[:, :, None].to(coef.dtype)
+
+        def scores(start: int, stop: int) -> Tensor:
+            attention = coef[:, :, start:stop] @ basis
+            return attention if weights_of_keys is None else attention * weights_of_keys
+
+        return scores, 2 * batch * heads * num_tokens * q.element_size()
 
     def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
         width, n_down = self.q_proj.out_features, self.w_down.shape[1]

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..connectivity import Connectivity
-from ..pooling import distance_from_block
 from ..selection import native_group_queries, native_tile_keys, why_not_tile_keys
 from ..tiling import Tiling
 from .base import Predictor, TileScores
@@ -90,13 +89,6 @@ class PooledPredictor(Predictor):
         """Rows and columns of the sub-blocks that a tile's groups start as."""
         (height, width), (rows, columns) = tiling.tile, tiling.rectangle(self.config.query_pool)
         return (rows if height % rows == 0 else 1, columns if width % columns == 0 else 1)
-
-    def stakes(self, v: Tensor, tiling: Tiling) -> Tensor | None:
-        """Distance of each candidate's value from its tail block's mean, ``[B, H, candidates]``."""
-        if self.config.tail is None:
-            return None
-        blocks = tiling.regions(self.config.tail)
-        return distance_from_block(v, blocks)[:, :, self.first_candidate(tiling) :]
 
 
 def _tile_tokens(tiling: Tiling, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fine-tuning with distillation: recipes, phases, losses, data, the engine, and validation."""
+"""Calibration, and fine-tuning with distillation: recipes, phases, losses, data, the engine, and validation."""
 
 from .engine import Result, train
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig

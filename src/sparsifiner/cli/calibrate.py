@@ -1,0 +1,119 @@
+"""``sparsifiner calibrate``: fit a sparse model to its own dense attention and save it."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .report import DTYPES, parse_device, parse_sizes
+
+STATE_NAME = "calibration-state.safetensors"
+RESULT_NAME = "calibration.json"
+
+
+def calibrate(
+    images: Annotated[Path, typer.Option(help="Folder of pictures to fit to; 16 to 64 are enough.")],
+    output: Annotated[Path, typer.Option(help="Folder for the saved model and calibration.json.")],
+    model: Annotated[
+        str, typer.Option(help="builtin, a timm model name, or a folder of save_pretrained.", metavar="NAME|FOLDER")
+    ] = "builtin",
+    val_images: Annotated[
+        Path | None, typer.Option(help="Folder of other pictures to measure the result on; --images by default.")
+    ] = None,
+    keep_rate: Annotated[float | None, typer.Option(help="Share of keys to keep; 0.1 by default.")] = None,
+    keep_rates: Annotated[
+        str, typer.Option(help="given, or per_layer: spread the same number of keys by measured error.")
+    ] = "given",
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of sparsifier settings.")] = None,
+    img_size: Annotated[str | None, typer.Option(help="Pixels, such as 518; the model's own size by default.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures to use at most, of each folder.", min=1)] = 64,
+    start: Annotated[str, typer.Option(help="lowrank: spectral, or current to go on from its weights.")] = "spectral",
+    steps: Annotated[int, typer.Option(help="lowrank: steps of the reconstruction loss.", min=0)] = 200,
+    learning_rate: Annotated[float, typer.Option(help="lowrank: relative to the size of the weights.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn at random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON result on stdout and nothing else there.")
+    ] = False,
+) -> None:
+    """Fit a sparse model to its own dense attention, without labels; an interrupted run continues when run again."""
+    from ..files import check_writable, write_atomically
+
+    sizes = parse_sizes(img_size)
+    if len(sizes) > 1:
+        raise ValueError(f"--img-size {img_size!r}: a model is calibrated at one size; give one")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    folder = check_writable(output)
+
+    import torch
+    from rich.console import Console
+
+    from .. import save_pretrained
+    from ..analysis.images import load_photos
+    from ..config import SparsifinerConfig
+    from ..models import load_model
+    from ..progress import progress_on
+    from ..training.calibrate import calibrate as fit
+
+    load_photos(images, 1)  # a wrong folder is told before the model is loaded
+    size = sizes[0] if sizes else None
+    loaded = load_model(model, img_size=size)
+    settings = None if config is None else SparsifinerConfig.from_file(config)
+    sparse = _sparse(loaded, settings, keep_rate).to(device=parse_device(device), dtype=getattr(torch, dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    stderr = Console(stderr=True)
+    try:
+        with progress_on(stderr) as progress:
+            result = fit(
+                sparse,
+                images,
+                validation=val_images,
+                keep_rates=keep_rates,  # type: ignore[arg-type]  # checked there
+                start=start,  # type: ignore[arg-type]
+                steps=steps,
+                learning_rate=learning_rate,
+                max_images=num_images,
+                img_size=size,
+                seed=seed,
+                state=folder / STATE_NAME,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        stderr.print(f"{folder / STATE_NAME} holds what is done; the same command continues from it", soft_wrap=True)
+        raise
+    save_pretrained(sparse, folder)
+    data = jsonlib.dumps(result.to_dict(), indent=2) + "\n"
+    write_atomically(folder / RESULT_NAME, data)
+    (folder / STATE_NAME).unlink()
+    if json:
+        print(data, end="")
+        return
+    stdout = Console()
+    if not stdout.is_terminal:
+        stdout = Console(width=100)
+    stdout.print(result.table())
+    stdout.print(
+        f'saved: {folder}; load it with sparsifiner.from_pretrained("{folder}")',
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _sparse(model, config, keep_rate):  # type: ignore[no-untyped-def]
+    """``model`` with the settings asked for; one that is sparse already keeps its own but for the keep rate."""
+    from ..attention import SparseAttention
+    from ..convert import set_keep_rate, sparsify
+
+    if not any(isinstance(module, SparseAttention) for module in model.modules()):
+        return sparsify(model, config, keep_rate=keep_rate, inplace=True)
+    if config is not None:
+        raise ValueError("the model is sparse already and has settings of its own; leave --config out")
+    if keep_rate is not None:
+        set_keep_rate(model, keep_rate)
+    return model

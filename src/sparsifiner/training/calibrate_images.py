@@ -1,0 +1,76 @@
+"""The images a calibration looks at: a folder, paths, tensors or a data loader, as single preprocessed images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.images import check_size, load_photos, preprocess, read_photo
+from ..convert import sparse_layers
+
+Images = str | Path | Tensor | Sequence[str | Path] | Iterable[Any]
+
+
+def load_images(model: nn.Module, images: Images, limit: int | None, size: tuple[int, int] | None) -> list[Tensor]:
+    """Images ``[1, 3, height, width]``, float32.
+
+    Args:
+        model: a sparse model; pictures are resized and normalised for it.
+        images: a folder of pictures, a list of picture files, a tensor ``[B, 3, height, width]`` of preprocessed
+            images, or an iterable of such tensors, of single images ``[3, height, width]``, or of tuples that
+            start with either (a ``DataLoader`` with labels, which are ignored).
+        limit: how many to take at most; an iterable is read no further.
+        size: rows and columns in pixels that pictures are brought to; the model's own if None.
+
+    Raises:
+        ValueError: if there is no image, or an entry is none of these; the message says which.
+    """
+    if isinstance(images, (str, Path)):
+        found = load_photos(images, limit)
+        if found.skipped:
+            name, reason = next(iter(found.skipped.items()))
+            warnings.warn(f"{len(found.skipped)} files skipped, such as {name}: {reason}", stacklevel=3)
+        transform = preprocess(model, _size(model, size))
+        return [transform(photo.image)[None] for photo in found.photos]
+    if isinstance(images, Tensor):
+        images = [images]
+    if not isinstance(images, Iterable):
+        raise ValueError(
+            f"images must be a folder, picture files, tensors or a data loader, got {type(images).__name__}"
+        )
+    result: list[Tensor] = []
+    for number, entry in enumerate(images):
+        if limit is not None and len(result) >= limit:
+            break
+        if isinstance(entry, (str, Path)):
+            result.append(preprocess(model, _size(model, size))(read_photo(Path(entry)))[None])
+            continue
+        batch = entry[0] if isinstance(entry, (tuple, list)) and entry else entry
+        if not isinstance(batch, Tensor) or batch.ndim not in (3, 4) or not batch.is_floating_point():
+            got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(
+                f"images: entry {number} must be a float tensor [B, 3, height, width] or [3, height, width], got {got}"
+            )
+        if not torch.isfinite(batch).all():
+            raise ValueError(f"images: entry {number} holds values that are not finite")
+        result += (batch if batch.ndim == 4 else batch[None]).detach().cpu().float().split(1)
+    if not result:
+        raise ValueError("there is no image to calibrate on; give at least one, better 16 or more")
+    return result[:limit]
+
+
+def _size(model: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    grid = next(iter(sparse_layers(model).values())).grid
+    if size is None:
+        embed = getattr(model, "patch_embed", None)
+        size = getattr(embed, "img_size", None) or (
+            grid.shape[0] * grid.patch_size[0],
+            grid.shape[1] * grid.patch_size[1],
+        )
+    check_size(size, grid.patch_size)
+    return size

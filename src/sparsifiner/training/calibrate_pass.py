@@ -1,0 +1,132 @@
+"""Dense passes through a sparse model, with a look at what each attention layer gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..analysis.fidelity import final_features
+from ..attention import SparseAttention
+from ..convert import sparse_layers
+
+Visit = Callable[[str, SparseAttention, Tensor, Tensor, Tensor, "Tensor | None"], None]
+"""Called with a layer's path, the layer, q, k, v ``[B, H, N, D]`` and the bias of its logits or None."""
+
+
+@contextmanager
+def dense_attention(layers: Mapping[str, SparseAttention], visit: Visit | None = None) -> Iterator[None]:
+    """While the block runs, ``layers`` attend densely; ``visit`` sees the input of each before it does."""
+
+    def dense(name: str, layer: SparseAttention) -> Callable[..., Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+            if visit is not None:
+                visit(name, layer, q, k, v, attn_bias)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=layer.scale)
+
+        return attend
+
+    try:
+        for name, layer in layers.items():
+            layer.attend = dense(name, layer)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("attend", None)
+
+
+def visit_densely(model: nn.Module, x: Tensor, visit: Visit) -> tuple[Tensor, Tensor | None]:
+    """One dense pass of ``x`` ``[1, 3, height, width]``; ``visit`` sees every attention layer's input in turn.
+
+    Returns:
+        The final dense features, as ``analysis.fidelity.final_features`` has them.
+
+    Raises:
+        ValueError: if a layer is not reached: its model does more than attend.
+    """
+    layers = sparse_layers(model)
+    reached = set()
+
+    def note(name: str, layer: SparseAttention, *tensors: Any) -> None:
+        reached.add(name)
+        visit(name, layer, *tensors)
+
+    with torch.no_grad(), dense_attention(layers, note):
+        features = final_features(model, x)
+    if len(reached) < len(layers):
+        missed = next(name for name in layers if name not in reached)
+        raise ValueError(f"{type(model).__name__} does not run {missed} as plain attention; it cannot be calibrated")
+    return features
+
+
+def forward_features(model: Any, x: Tensor) -> Tensor:
+    """Final tokens ``[B, N, C]`` of a timm model."""
+    tokens: Tensor = model.forward_features(x)
+    return tokens
+
+
+class Replay:
+    """Runs a model's last blocks again from the inputs they had, so that what precedes is computed once.
+
+    Args:
+        model: a sparse model that may be taken apart: use a copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.blocks = [name.rpartition(".")[0] for name in sparse_layers(model)]
+        self.inputs: dict[str, Tensor] = {}
+        self.image: Tensor | None = None
+        self.exact: bool | None = None
+
+    def start(self, x: Tensor) -> Tensor:
+        """Final tokens of a whole pass of ``x``, whose inputs of the blocks are kept."""
+        self.image, self.inputs = x, {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                self.inputs[name] = inputs[0]
+
+            return hook
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in self.blocks if name]
+        try:
+            tokens = forward_features(self.model, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.exact is None:  # some models pass more than tokens from block to block
+            middle = len(self.blocks) // 2
+            self.exact = all(self.blocks) and torch.equal(self._from(middle), tokens)
+        return tokens
+
+    def run(self, first: int) -> Tensor:
+        """Final tokens once more, the blocks before layer number ``first`` as they were in :meth:`start`."""
+        assert self.image is not None
+        return self._from(first) if self.exact else forward_features(self.model, self.image)
+
+    def _from(self, first: int) -> Tensor:
+        name = self.blocks[first]
+        skipped = {other: self.model.get_submodule(other) for other in self.blocks[:first]}
+
+        def replace(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self.inputs[name], *inputs[1:])
+
+        handle = self.model.get_submodule(name).register_forward_pre_hook(replace)
+        try:
+            for other in skipped:
+                self.model.set_submodule(other, _Pass())
+            return forward_features(self.model, self.image)  # type: ignore[arg-type]
+        finally:
+            handle.remove()
+            for other, block in skipped.items():
+                self.model.set_submodule(other, block)
+
+
+class _Pass(nn.Module):
+    def forward(self, x: Tensor, *args: Any, **context: Any) -> Tensor:
+        return x

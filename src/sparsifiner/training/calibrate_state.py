@@ -1,0 +1,96 @@
+"""The file a calibration continues from after it was killed: tensors and counters, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import replacing
+
+
+class State:
+    """What a calibration has done so far: named tensors, and how far each of its stages is.
+
+    Args:
+        path: the file, read if it exists; None keeps everything in memory.
+        purpose: identifies the calibration: same model, images and settings.
+
+    Raises:
+        ValueError: if the file belongs to another calibration, or cannot be read or written.
+    """
+
+    def __init__(self, path: str | Path | None, purpose: str) -> None:
+        self.path = None if path is None else Path(path)
+        self.purpose = purpose
+        self.tensors: dict[str, Tensor] = {}
+        self.done: dict[str, int] = {}
+        if self.path is None:
+            return
+        if self.path.exists():
+            self._read(self.path)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.done = json.loads(metadata["done"])
+            purpose = metadata["purpose"]
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not the state of a calibration that can be continued; delete it or name another"
+            ) from error
+        if purpose != self.purpose:
+            raise ValueError(
+                f"{path} is the state of a calibration of another model, other images or other settings; "
+                f"delete it or name another"
+            )
+
+    def save(self) -> None:
+        """Write everything, whole or not at all."""
+        if self.path is None:
+            return
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"done": json.dumps(self.done), "purpose": self.purpose})
+
+
+def fingerprint(settings: dict[str, Any], tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over settings that JSON can hold, and over the bytes of tensors."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW whose state is kept as named tensors of a :class:`State`."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Moments and step counts under ``optimizer.{parameter number}.{name}``."""
+        state = self.state_dict()["state"]
+        return {
+            f"optimizer.{number}.{name}": torch.as_tensor(value)
+            for number, entry in state.items()
+            for name, value in entry.items()
+        }
+
+    def from_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`to_tensors`; other names are left alone."""
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".")
+                entries.setdefault(int(number), {})[name] = value
+        self.load_state_dict({"state": entries, "param_groups": self.state_dict()["param_groups"]})

@@ -1,0 +1,104 @@
+"""The paper's reconstruction loss for the low-rank predictor, per query or per tile, with or without a tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..pooling import pool_blocks
+from ..predictors import LowRankPredictor
+from ..tiling import Tiling
+
+WEIGHT = 0.01
+"""Factor of the loss in Wei et al., section 3.4, and in the authors' configuration."""
+
+
+def reconstruction_loss(
+    predictor: LowRankPredictor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiling: Tiling,
+    tiles: Tensor,
+    scale: float,
+    attn_bias: Tensor | None = None,
+) -> Tensor:
+    """``0.01 * sum((score - target)^2)`` per head, for the queries of ``tiles``; a scalar with gradients.
+
+    Without a tail the target is the dense attention, mean over the queries of a tile (of which there is one in
+    the paper). With a tail it is what the tail would get wrong of each key, as :func:`tail_misses` has it, and
+    the score is the one that selects: estimated attention times the key's stake. Both are taken in units of the
+    head's mean stake, so that the loss has the size it has without a tail.
+
+    Args:
+        predictor: float32; in training mode with ``attn_recon`` its scores use the signed basis and all
+            coefficients, as the authors' first phase does.
+        q: queries ``[B, H, N, D]``, float32.
+        k: keys ``[B, H, N, D]``.
+        v: values ``[B, H, N, D]``.
+        tiling: the query tiles.
+        tiles: numbers of the tiles to look at, ``[t]``.
+        scale: factor on the attention logits.
+        attn_bias: added to them, ``[1 or B, 1 or H, N, N]``, or None.
+    """
+    tokens = tiling.tokens(q.device)[tiles].long()  # [t, S]
+    inside = (tokens >= 0).to(q.dtype)
+    rows = tokens.clamp(min=0).flatten()
+    share = (inside / inside.sum(-1, keepdim=True))[..., None]  # [t, S, 1]
+    first = predictor.first_candidate(tiling)
+    coef = predictor.coefficients_of(predictor.q_proj(q[:, :, rows]), predictor.k_proj(k), tiling)
+    coef = (coef.unflatten(2, tokens.shape) * share).sum(3)  # [B, H, t, n_down]
+    score = coef @ predictor.basis(tiling)[first:].mT
+    bias = None if attn_bias is None else attn_bias[:, :, rows].to(q.dtype)
+    stakes = predictor.stakes(v, tiling) if predictor.config.score_threshold is None else None
+    with torch.no_grad():
+        if stakes is None:
+            target = dense_attention_weights(q[:, :, rows], k, scale, bias)[..., first:]
+        else:
+            unit = stakes.mean(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+            misses = tail_misses(q[:, :, rows], k, v, _blocks(predictor, tiling), scale, bias)[..., first:]
+            target, stakes = misses / unit[:, :, None], stakes / unit
+        target = (target.unflatten(2, tokens.shape) * share).sum(3)
+    if stakes is not None:
+        score = score * stakes[:, :, None]
+    return WEIGHT * (score - target).square().sum() / (q.shape[0] * q.shape[1])
+
+
+def dense_attention_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Dense attention of some queries ``[B, H, Q, D]`` to all keys ``[B, H, N, D]``: ``[B, H, Q, N]``."""
+    logits = q @ k.mT * scale
+    return (logits if bias is None else logits + bias).softmax(-1)
+
+
+def tail_misses(q: Tensor, k: Tensor, v: Tensor, blocks: Tiling, scale: float, bias: Tensor | None = None) -> Tensor:
+    """How wrong the output gets where the tail stands in for a key, ``[B, H, Q, N]``.
+
+    ``|a - a_pooled| * |v_pooled| + a * |v - v_pooled|`` with ``a`` the dense attention and ``a_pooled`` what the
+    block's mean key draws instead. Prefix tokens are in no block: losing one costs ``a * |v|``.
+
+    Args:
+        q: some queries ``[B, H, Q, D]``.
+        k: all keys ``[B, H, N, D]``.
+        v: all values ``[B, H, N, D]``.
+        blocks: the tail's blocks, with the number of prefix tokens.
+        scale: factor on the logits.
+        bias: added to the logits, ``[1 or B, 1 or H, Q, N]``, or None.
+    """
+    logits = q @ k.mT * scale
+    pooled = q @ pool_blocks(k, blocks).mT * scale
+    prefix = blocks.num_prefix_tokens
+    if bias is not None:
+        logits = logits + bias
+        pooled = pooled + blocks.mean_patches(bias[..., prefix:, None])[..., 0]
+    total = logits.logsumexp(-1, keepdim=True)
+    attention = (logits - total).exp()
+    block = blocks.tile_of_patch(q.device)
+    stand_in = torch.nn.functional.pad((pooled - total).exp()[..., block], (prefix, 0))
+    mean_value = torch.nn.functional.pad(pool_blocks(v, blocks)[:, :, block], (0, 0, prefix, 0))
+    distance = (v - mean_value).norm(dim=-1)[:, :, None]
+    return (attention - stand_in).abs() * mean_value.norm(dim=-1)[:, :, None] + attention * distance
+
+
+def _blocks(predictor: LowRankPredictor, tiling: Tiling) -> Tiling:
+    assert predictor.config.tail is not None
+    return Tiling(tiling.grid, predictor.config.tail, tiling.num_prefix_tokens)

@@ -1,0 +1,320 @@
+"""Calibration: what it gains, that it continues where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import lively
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sparsifiner
+from sparsifiner import SparsifinerConfig, calibrate, from_pretrained, save_pretrained, sparse_layers, sparsify
+from sparsifiner.analysis.images import bundled_photos, preprocess
+from sparsifiner.cli import main
+from sparsifiner.models import load_model
+from sparsifiner.predictors import LowRankPredictor
+from sparsifiner.tiling import Tiling
+from sparsifiner.training import calibrate as module
+from sparsifiner.training import spectral
+from sparsifiner.training.budget import allocate
+from sparsifiner.training.calibrate_tail import OFFSETS, best_offsets
+from sparsifiner.training.reconstruction import reconstruction_loss
+
+PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
+TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)
+POOLED = SparsifinerConfig(keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), dense_below=0)
+
+
+def tiny(depth: int = 2) -> nn.Module:
+    settings = dict(img_size=32, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=0)
+    return lively(timm.create_model("vit_tiny_patch16_224", **settings))
+
+
+def batch(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def quietly(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@cache
+def builtin() -> tuple[nn.Module, torch.Tensor]:
+    model = load_model("builtin", img_size=(336, 336))
+    transform = preprocess(model, (336, 336))
+    return model, torch.stack([transform(photo.image) for photo in bundled_photos().photos])
+
+
+def test_beats_training_free_on_photographs_it_has_not_seen() -> None:
+    """Each half of the bundled photographs fitted, the other measured; together, so that no split is picked."""
+    model, photos = builtin()
+    totals = [0.0, 0.0]
+    for fit, other in ((photos[::2], photos[1::2]), (photos[1::2], photos[::2])):
+        sparse = sparsify(model, SparsifinerConfig(keep_rate=0.1))
+        result = calibrate(sparse, fit, validation=other, progress=quietly)
+        for number, fidelity in enumerate((result.before, result.after)):
+            totals[number] += fidelity.mean("patch_l2") or math.inf
+        assert result.held_out
+    assert totals[1] < totals[0]
+    assert "final patches, cosine" in str(result)
+
+
+def test_the_spectral_start_beats_random_weights_by_far() -> None:
+    model, photos = builtin()
+    sparse = sparsify(model, SparsifinerConfig.paper(keep_rate=0.25))
+    result = calibrate(sparse, photos[:1], steps=0, progress=quietly)
+    errors = [(layer.error_before, layer.error) for layer in result.layers]
+    assert sum(after for _, after in errors) < 0.6 * sum(before for before, _ in errors)
+
+
+@pytest.mark.parametrize("config", [PAPER, TILES, PAPER.replace(attn_recon=True), TILES.replace(share_basis=True)])
+def test_reconstruction_lowers_its_loss(config: SparsifinerConfig) -> None:
+    tiling = Tiling((8, 8), config.query_tile, 1)
+    q, k, v = torch.randn(3, 1, 2, 65, 16, generator=torch.Generator().manual_seed(0))
+    predictor = LowRankPredictor(config, 2, 16, (8, 8), 1).train()
+    with torch.no_grad():  # a zeroed basis would have no gradient
+        predictor.w_down.abs_().add_(0.05)
+        if predictor.w_up is not None:
+            predictor.w_up.abs_().add_(0.05)
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = reconstruction_loss(predictor, q, k, v, tiling, torch.arange(tiling.num_tiles), 0.25)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_reconstruction_loss_is_the_papers() -> None:
+    """Equation of section 3.4 over all patch queries, by hand: 0.01 times the squared distance to the attention."""
+    config = PAPER.replace(attn_recon=True)
+    predictor = LowRankPredictor(config, 2, 16, (4, 4), 1).train()
+    tiling = Tiling((4, 4), (1, 1), 1)
+    q, k, v = torch.randn(3, 1, 2, 17, 16, generator=torch.Generator().manual_seed(0))
+    attention = (q @ k.mT * 0.25).softmax(-1)[:, :, 1:]
+    want = 0.01 * (predictor.token_scores(q, k, tiling) - attention).square().sum() / 2
+    got = reconstruction_loss(predictor, q, k, v, tiling, torch.arange(16), 0.25)
+    torch.testing.assert_close(got, want)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), data=st.data())
+def test_regions_are_exactly_as_many_as_asked_for(rows: int, columns: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, rows * columns))
+    region, centres = spectral.regions((rows, columns), count)
+    assert region.unique().tolist() == list(range(count))
+    assert centres.shape == (count, 2)
+    down, up = spectral.pooling_basis((rows, columns), 1, count)
+    assert torch.isfinite(down).all()
+    assert torch.isfinite(up).all()
+    sums = down.sum(0)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_projections_of_full_width_keep_every_logit_and_narrow_ones_most() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 100, 16, generator=g) * torch.logspace(0, -2, 16)
+    moments = torch.stack([q.mT @ q, k.mT @ k]).double()
+    a, b = spectral.project_queries_and_keys(moments, 16)
+    torch.testing.assert_close((q @ a.mT) @ (k @ b.mT).mT, q @ k.mT)
+    errors = []
+    for width in (2, 4, 8):
+        a, b = spectral.project_queries_and_keys(moments, width)
+        errors.append(((q @ a.mT) @ (k @ b.mT).mT - q @ k.mT).norm() / (q @ k.mT).norm())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    squares=st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=1, max_size=6),
+    budget=st.floats(0.02, 1.0),
+    candidates=st.integers(4, 400),
+)
+def test_the_budget_is_spent_to_the_key(squares: list[list[float]], budget: float, candidates: int) -> None:
+    rates = tuple(sorted({budget / 3, budget, min(1.0, 3 * budget)}))
+    errors = torch.tensor(squares, dtype=torch.float64)[:, : len(rates)]
+    given_rates = allocate(errors, rates, budget, candidates)
+    assert all(0 < rate <= 1 for rate in given_rates)
+    keys = [math.ceil(rate * candidates) for rate in given_rates]
+    assert sum(keys) == len(squares) * math.ceil(budget * candidates)
+
+
+def test_the_budget_goes_where_the_error_is() -> None:
+    rates = (0.1, 0.3, 0.9)
+    uneven = torch.tensor([[1.0, 0.5, 0.1], [0.01, 0.005, 0.001], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    first, second, third = allocate(uneven, rates, 0.3, 100)
+    assert first > second >= third
+    even = allocate(torch.tensor([[1.0, 0.5, 0.3]] * 3), rates, 0.3, 100)
+    assert max(even) - min(even) < 0.011
+
+
+def test_keep_rates_per_layer_keep_the_number_of_keys() -> None:
+    sparse = sparsify(tiny(depth=3), POOLED)
+    result = calibrate(sparse, batch(), keep_rates="per_layer", progress=quietly)
+    keys = [math.ceil(layer.keep_rate * 64) for layer in result.layers]
+    assert sum(keys) == 3 * math.ceil(0.1 * 64)
+    with torch.no_grad(), sparsifiner.record(sparse) as seen:
+        sparse(batch(1))
+    widths = [item.connectivity.num_keys - 1 for item in seen.values() if item.connectivity is not None]
+    assert widths == keys
+
+
+def test_offsets_are_refined_between_those_tried() -> None:
+    truth = torch.tensor([[0.234], [-0.5], [1.777]], dtype=torch.float64)
+    offsets = best_offsets((OFFSETS.double() - truth).square(), 10**9)
+    torch.testing.assert_close(offsets, truth[:, 0].float(), atol=1e-4, rtol=0)
+    few = best_offsets((OFFSETS.double() - truth).square(), 2)
+    torch.testing.assert_close(few, truth[:, 0].float() / 2, atol=1e-4, rtol=0)
+    assert best_offsets(torch.zeros(2, len(OFFSETS)), 2).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("config", "keep_rates"), [(POOLED, "per_layer"), (TILES, "given"), (PAPER, "given")])
+def test_a_killed_calibration_continues_to_the_same_weights(
+    config: SparsifinerConfig, keep_rates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    torch.manual_seed(0)
+    start = sparsify(tiny(), config)
+    arguments = dict(keep_rates=keep_rates, steps=4, progress=quietly)
+    whole = copy.deepcopy(start)
+    steps: list[str] = []
+    calibrate(whole, batch(), **{**arguments, "progress": lambda stage, done, total: steps.append(stage)})
+    again = copy.deepcopy(start)
+    calibrate(again, batch(), **arguments)
+    assert same(weights(again), weights(whole))  # deterministic under a seed
+
+    killed = copy.deepcopy(start)
+    untouched = weights(killed)
+    for last in range(2, len(steps) + 3, 3):  # killed again and again, a little later each time
+        calls = 0
+
+        def kill(stage: str, done: int, total: int, last: int = last) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise KeyboardInterrupt
+
+        try:
+            calibrate(killed, batch(), state=tmp_path / "state", **{**arguments, "progress": kill})
+            break
+        except KeyboardInterrupt:
+            assert same(weights(killed), untouched)
+    assert same(weights(killed), weights(whole))
+    assert [layer.config for layer in sparse_layers(killed).values()] == [
+        layer.config for layer in sparse_layers(whole).values()
+    ]
+    with pytest.raises(ValueError, match="another model, other images or other settings"):
+        calibrate(copy.deepcopy(start), batch(2), state=tmp_path / "state", **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_is_saved_with_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=0).eval()
+    sparse = sparsify(model, SparsifinerConfig(predictor="lowrank", n_down=6, query_tile=(2, 2), tail=(2, 2))).to(dtype)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    calibrate(sparse, x, steps=2, keep_rates="per_layer", progress=quietly)
+    assert {parameter.dtype for parameter in sparse.parameters()} == {dtype}
+    assert any(layer.predictor.tail_offset.abs().max() > 0 for layer in sparse_layers(sparse).values())
+    save_pretrained(sparse, tmp_path)
+    back = from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(back(x.to(dtype)), sparse(x.to(dtype)))
+
+
+def test_all_kinds_of_images_are_taken(tmp_path: Path) -> None:
+    photos = bundled_photos(2).photos
+    for number, photo in enumerate(photos):
+        photo.image.resize((40, 40)).save(tmp_path / f"{number}.png")
+    dense = tiny()
+    transform = preprocess(dense, (32, 32))
+    tensors = torch.stack([transform(photo.image.resize((40, 40))) for photo in photos])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tensors, torch.zeros(2)), batch_size=2)
+    results = []
+    for images in (tmp_path, sorted(tmp_path.iterdir()), tensors, list(tensors), loader):
+        sparse = sparsify(dense, POOLED)
+        calibrate(sparse, images, progress=quietly)
+        results.append(weights(sparse))
+    assert all(same(result, results[0]) for result in results)
+
+
+def test_attention_biases_take_part() -> None:
+    dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=2)).eval()
+    sparse = sparsify(dense, SparsifinerConfig(keep_rate=0.2, query_tile=(2, 2), tail=(2, 2)))
+    result = calibrate(sparse, torch.randn(1, 3, 64, 64), progress=quietly)
+    assert all(layer.error <= layer.error_before * 1.001 for layer in result.layers)
+
+
+def test_unusable_requests_are_refused_in_one_line(tmp_path: Path) -> None:
+    sparse = sparsify(tiny(), POOLED)
+    before = weights(sparse)
+
+    def refused(match: str, model: nn.Module = sparse, images: object = None, **changes: object) -> None:
+        with pytest.raises(ValueError, match=match) as refusal:
+            calibrate(model, batch(1) if images is None else images, progress=quietly, **changes)
+        assert "\n" not in str(refusal.value)
+
+    refused("call sparsify", model=tiny())
+    refused("keep_rates 'per-layer' is unknown; choose given or per_layer", keep_rates="per-layer")
+    refused("start 'pca' is unknown", start="pca")
+    refused("steps must be a whole number of at least 0", steps=-1)
+    refused("learning_rate must be above 0", learning_rate=0.0)
+    refused("max_images must be a whole number of at least 1", max_images=0)
+    refused("does not exist", images=tmp_path / "nowhere")
+    refused("cannot be read", images=[tmp_path / "nowhere.jpg"])
+    refused("there is no image to calibrate on", images=[])
+    refused("entry 0 must be a float tensor", images=[torch.zeros(3, 32, 32, dtype=torch.uint8)])
+    refused("not finite", images=torch.full((1, 3, 32, 32), float("nan")))
+    refused("got int", images=3)
+    refused("multiple of the model's 4x4 patches", images=[tmp_path / "x.png"], img_size=(30, 30))
+    refused("has nothing to fit", model=sparsify(tiny(), POOLED.replace(tail=None)))
+    thresholded = sparsify(tiny(), TILES.replace(score_threshold=0.1))
+    refused("score_threshold keeps any number of keys", model=thresholded, keep_rates="per_layer")
+    (tmp_path / "state").write_bytes(b"no state")
+    refused("not the state of a calibration", state=tmp_path / "state")
+    assert same(weights(sparse), before)
+
+
+def test_the_command_saves_a_model_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def call(*arguments: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["calibrate", *map(str, arguments)])
+        return stop.value.code, *capsys.readouterr()
+
+    folder = Path(sparsifiner.__file__).parent / "data" / "photos"
+    common = ("--images", folder, "--output", tmp_path / "out", "--img-size", "112", "--num-images", "1")
+    code, out, err = call(*common, "--keep-rate", "0.2", "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "calibration.json", "model.safetensors", "sparsifiner.json"
+    ]  # fmt: skip
+    assert all(layer.config.tail_offset for layer in sparse_layers(from_pretrained(tmp_path / "out")).values())
+    for arguments, words in (
+        (("--images", tmp_path / "none", "--output", tmp_path / "x"), "does not exist"),
+        ((*common, "--keep-rates", "some"), "choose given or per_layer"),
+        ((*common, "--img-size", "112,224"), "one size"),
+    ):
+        code, out, err = call(*arguments)
+        assert code == 2
+        assert words in err
+        assert "Traceback" not in err
