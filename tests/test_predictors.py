@@ -161,13 +161,22 @@ def lowrank(tiling: Tiling, **changes: object) -> LowRankPredictor:
     return predictor.eval()
 
 
-def test_lowrank_tiles_sum_the_token_scores() -> None:
+@pytest.mark.parametrize("tail", [None, (2, 2)])
+def test_lowrank_tiles_sum_the_token_scores_times_what_a_tail_gets_wrong(tail: tuple[int, int] | None) -> None:
     tiling = Tiling((6, 5), (2, 3), 1)
     q, k, v = tensors(tiling)
-    predictor = lowrank(tiling, keep_rate=0.2)
+    predictor = lowrank(tiling, keep_rate=0.2, tail=tail)
     with torch.no_grad():
         per_token = predictor.token_scores(q, k, tiling)
     per_tile = tiling.sum_patches(per_token)[..., 1:]
+    if tail is not None:
+        blocks = Tiling(tiling.grid, tail)
+        per_tile = (
+            per_tile
+            * (v[:, :, 1:] - blocks.mean_patches(v[:, :, 1:])[:, :, blocks.tile_of_patch(v.device)]).norm(dim=-1)[
+                :, :, None
+            ]
+        )
     want = per_tile.topk(predictor(q, k, v, tiling, 0.25).num_keys - 1, dim=-1).indices + 1
     got = predictor(q, k, v, tiling, 0.25).indices[..., 1:]
     assert torch.equal(got.sort(-1).values.long(), want.sort(-1).values)

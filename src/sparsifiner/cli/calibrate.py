@@ -15,7 +15,7 @@ RESULT_NAME = "calibration.json"
 
 
 def calibrate(
-    images: Annotated[Path, typer.Option(help="Folder of pictures to fit to; 16 to 64 are enough.")],
+    images: Annotated[Path, typer.Option(help="Folder of pictures to fit to; give a few dozen.")],
     output: Annotated[Path, typer.Option(help="Folder for the saved model and calibration.json.")],
     model: Annotated[
         str, typer.Option(help="builtin, a timm model name, or a folder of save_pretrained.", metavar="NAME|FOLDER")

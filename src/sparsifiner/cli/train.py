@@ -22,9 +22,9 @@ def train(
     """Train by a recipe: calibrating phases, distillation, classification. Stopped runs continue exactly."""
     from rich.console import Console
 
+    from ..progress import progress_on
     from ..training.engine import train as run
     from ..training.recipe_file import load_recipe
-    from .report import progress_on
 
     config = load_recipe(recipe, overrides or [])
     stderr = Console(stderr=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .report import DTYPES, _device, parse_keep_rates, parse_sizes, progress_on
+from .report import DTYPES, parse_device, parse_keep_rates, parse_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +51,7 @@ def validate(
 
     from ..config import SparsifinerConfig
     from ..files import check_writable, write_atomically
+    from ..progress import progress_on
     from ..training.recipe import DataConfig
     from ..training.validate import validate as run
 
@@ -69,7 +70,7 @@ def validate(
             keep_rates=rates,
             batch_size=batch_size,
             dtype=getattr(torch, dtype),
-            device=_device(device),
+            device=parse_device(device),
             repeats=repeats,
             progress=progress,
         )

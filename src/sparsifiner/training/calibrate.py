@@ -61,7 +61,7 @@ def calibrate(
     Args:
         model: a sparse model, from :func:`sparsifiner.sparsify`.
         images: a folder, picture files, a tensor ``[B, 3, height, width]``, an iterable of tensors, or a
-            ``DataLoader``; preprocessed if tensors. 16 to 64 images are enough.
+            ``DataLoader``; preprocessed if tensors. Give a few dozen: a fit to a handful does not carry over.
         validation: images that the result is measured on; ``images`` themselves if None.
         keep_rates: ``given`` leaves them, ``per_layer`` redistributes their mean.
         start: ``spectral`` replaces the weights of a ``lowrank`` predictor, ``current`` goes on from them.

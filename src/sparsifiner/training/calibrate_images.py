@@ -60,7 +60,7 @@ def load_images(model: nn.Module, images: Images, limit: int | None, size: tuple
             raise ValueError(f"images: entry {number} holds values that are not finite")
         result += (batch if batch.ndim == 4 else batch[None]).detach().cpu().float().split(1)
     if not result:
-        raise ValueError("there is no image to calibrate on; give at least one, better 16 or more")
+        raise ValueError("there is no image to calibrate on; give a few dozen")
     return result[:limit]
 
 
