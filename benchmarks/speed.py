@@ -2,8 +2,7 @@
 
     python benchmarks/speed.py benchmarks/results/speed.json
 
-Models have random weights, since only time is measured. Each side of a whole model runs eager and under
-``torch.compile``. Finished cases are kept in the output file and not measured again; ``--only TEXT`` runs the cases
+Models have random weights, since only time is measured. Finished cases are kept in the output file and not measured again; ``--only TEXT`` runs the cases
 whose name contains it. ``pip install openvino`` adds OpenVINO's dense model.
 """
 
@@ -22,13 +21,14 @@ import timm
 import torch
 
 from sparsifiner import SparsifinerConfig, cpu, sparsify
-from sparsifiner.analysis.benchmark import Measured, measure_model, measure_operator
+from sparsifiner.analysis.benchmark import Measured, measure_operator
 from sparsifiner.analysis.latency import interleave_all
 from sparsifiner.analysis.memory import measure_memory
 from sparsifiner.analysis.report import this_machine
 from sparsifiner.files import write_atomically
 
 ALWAYS = SparsifinerConfig(keep_rate=0.1, dense_below=0)
+SMALL = "vit_small_patch16_224"
 WIDE = dict(query_tile=(4, 8), query_pool=(2, 4))
 SIDES = (14, 20, 24, 32, 48, 64, 96)
 KEEP_RATES = (0.05, 0.1, 0.25)
@@ -40,10 +40,25 @@ def model(name: str, size: int) -> torch.nn.Module:
 
 
 def whole(
-    name: str, size: int, config: SparsifinerConfig, dtype: torch.dtype = torch.bfloat16, **settings: Any
+    name: str, size: int, keep_rate: float, dtype: torch.dtype, *, batch: int = 1, compiled: bool, repeats: int
 ) -> list[Measured]:
-    settings = {"compiled": True, "repeats": 5, **settings}
-    return [measure_model(model(name, size), config, (size, size), title=name, dtype=dtype, **settings)]
+    """Dense, the default, and wider tiles; eager and, where it is measured, under ``torch.compile``."""
+    dense = model(name, size).to(dtype)
+    default = SparsifinerConfig(keep_rate=keep_rate)
+    configs = {"sparse": default, "sparse, 4x8 tiles": default.replace(**WIDE)}
+    models = {"dense": dense, **{label: sparsify(dense, config) for label, config in configs.items()}}
+    if compiled:
+        models |= {f"{label}, compiled": torch.compile(side, fullgraph=True) for label, side in models.items()}
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.inference_mode():
+        work = {label: partial(side, x) for label, side in models.items()}
+        seconds = interleave_all(work, repeats=repeats, warmup=1)
+    sides = [label for label in seconds if label.startswith("dense")]
+    fastest = min(sides, key=lambda label: sorted(seconds[label])[len(seconds[label]) // 2])
+    precision = str(dtype).removeprefix("torch.")
+    title = f"{name}, {size} px, batch {batch}, {precision}, keep {keep_rate}"
+    settings = {"configs": {label: config.to_dict() for label, config in configs.items()}}
+    return [Measured(title, settings, seconds, fastest)]
 
 
 def openvino_dense(size: int) -> list[Measured]:
@@ -97,41 +112,21 @@ CASES: dict[str, Callable[[], Any]] = {
         for side in SIDES
         for rate in KEEP_RATES
     },
-    "1024 px, bfloat16": lambda: whole("vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1)),
-    "1024 px, bfloat16, 4x8 tiles": lambda: whole(
-        "vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1, **WIDE)
-    ),
-    "1024 px, float32": lambda: whole("vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1), torch.float32),
-    "1024 px, float32, 4x8 tiles": lambda: whole(
-        "vit_small_patch16_224", 1024, SparsifinerConfig(keep_rate=0.1, **WIDE), torch.float32
-    ),
-    "1036 px, ViT-S/14, bfloat16": lambda: whole("vit_small_patch14_dinov2", 1036, SparsifinerConfig(keep_rate=0.1)),
-    "1036 px, ViT-S/14, bfloat16, 4x8 tiles": lambda: whole(
-        "vit_small_patch14_dinov2", 1036, SparsifinerConfig(keep_rate=0.1, **WIDE)
-    ),
+    "1024 px, bfloat16": partial(whole, SMALL, 1024, 0.1, torch.bfloat16, compiled=True, repeats=5),
+    "1024 px, float32": partial(whole, SMALL, 1024, 0.1, torch.float32, compiled=True, repeats=3),
     "1024 px, OpenVINO": lambda: openvino_dense(1024),
-    "1536 px, bfloat16": lambda: whole("vit_small_patch16_224", 1536, SparsifinerConfig(keep_rate=0.1), repeats=3),
-    "1536 px, bfloat16, 4x8 tiles": lambda: whole(
-        "vit_small_patch16_224", 1536, SparsifinerConfig(keep_rate=0.1, **WIDE), repeats=3
+    "1036 px, ViT-S/14, bfloat16": partial(
+        whole, "vit_small_patch14_dinov2", 1036, 0.1, torch.bfloat16, compiled=True, repeats=3
     ),
-    "2048 px, bfloat16, keep 0.05": lambda: whole(
-        "vit_small_patch16_224", 2048, SparsifinerConfig(keep_rate=0.05), repeats=3, compiled=False
-    ),
-    "2048 px, bfloat16, keep 0.05, 4x8 tiles": lambda: whole(
-        "vit_small_patch16_224", 2048, SparsifinerConfig(keep_rate=0.05, **WIDE), repeats=3, compiled=False
-    ),
-    "224 px, batch 8, ViT-S/16, float32": lambda: whole(
-        "vit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), torch.float32, batch=8, repeats=25
-    ),
-    "224 px, batch 8, ViT-S/16, bfloat16": lambda: whole(
-        "vit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), batch=8, repeats=25
-    ),
-    "224 px, batch 8, DeiT-S, float32": lambda: whole(
-        "deit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), torch.float32, batch=8, repeats=25
-    ),
-    "224 px, batch 8, DeiT-S, bfloat16": lambda: whole(
-        "deit_small_patch16_224", 224, SparsifinerConfig(keep_rate=0.1), batch=8, repeats=25
-    ),
+    "1536 px, bfloat16": partial(whole, SMALL, 1536, 0.1, torch.bfloat16, compiled=False, repeats=3),
+    "2048 px, bfloat16": partial(whole, SMALL, 2048, 0.05, torch.bfloat16, compiled=False, repeats=2),
+    **{
+        f"224 px, batch 8, {name}, {str(dtype).removeprefix('torch.')}": partial(
+            whole, name, 224, 0.1, dtype, batch=8, compiled=False, repeats=41
+        )
+        for name in (SMALL, "deit_small_patch16_224")
+        for dtype in (torch.float32, torch.bfloat16)
+    },
     "2048 px, memory": lambda: memory(2048),
 }
 
