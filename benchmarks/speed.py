@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py benchmarks/results/speed.json
 
-Models have random weights, since only time is measured. Finished cases are kept in the output file and not measured again; ``--only TEXT`` runs the cases
-whose name contains it. ``pip install openvino`` adds OpenVINO's dense model.
+Models have random weights, since only time is measured. Finished cases are kept in the output file and not measured
+again; ``--only TEXT`` runs the cases whose name contains it. ``pip install openvino`` adds OpenVINO's dense model.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def test_more_tokens_and_fewer_keys_favour_sparse(side: int, keep_rate: float, b
 
 
 def test_the_anchors_that_were_measured() -> None:
-    """``benchmarks/break_even.py``: 224 px does not pay, 512 px at keep 0.1 does, the paper's tiles never do."""
+    """``benchmarks/cost.py``: 224 px does not pay, 512 px at keep 0.1 does, the paper's tiles never do."""
     for dtype in (torch.float32, torch.bfloat16):
         assert share(SparsifinerConfig(keep_rate=0.1), 14, dtype=dtype) > 1
         assert share(SparsifinerConfig(keep_rate=0.1), 32, dtype=dtype) < 0.8

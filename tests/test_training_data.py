@@ -218,3 +218,22 @@ def test_seeded_numbers_follow_from_the_place():
 
     assert draw(1, 2) == draw(1, 2)
     assert len({value for place in ((1, 2), (1, 3), (2, 1), (12,)) for value in draw(*place)}) == 12
+
+
+def test_a_transform_that_fails_is_not_blamed_on_the_image(folder_of_images):
+    source = open_source("folder", str(folder_of_images), "train", train=True)
+
+    def refuse(image):
+        raise RuntimeError("no such size")
+
+    for replace in (True, False):
+        with pytest.raises(RuntimeError, match="no such size"):
+            Samples(source, refuse, 5, replace_broken=replace)[(0, 3)]
+
+
+def test_the_strongest_augmentation_can_be_applied(folder_of_images):
+    """Posterizing to 0 bits, which timm's RandAugment draws now and then, must work with the Pillow installed."""
+    source = open_source("folder", str(folder_of_images), "train", train=True)
+    transform = train_transform(AugmentConfig(auto_augment="rand-m10-n8-inc1"), (32, 32), NORMALISATION)
+    samples = Samples(source, transform, 5, replace_broken=True)
+    assert all(samples[(epoch, 0)][0].shape == (3, 32, 32) for epoch in range(12))

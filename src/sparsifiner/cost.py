@@ -20,7 +20,7 @@ MARGIN = 0.9
 class Costs:
     """What the native kernels cost, in units of a multiply-add of dense ``scaled_dot_product_attention``.
 
-    Fitted by ``benchmarks/break_even.py`` to interleaved measurements on 2 cores with AVX-512 and bfloat16
+    Fitted by ``benchmarks/cost.py`` to interleaved measurements on 2 cores with AVX-512 and bfloat16
     products; ratios of one CPU to itself, which carry over better than times.
 
     Args:
