@@ -24,6 +24,10 @@ SETTINGS = {
     "default, keep 0.05": SparsifinerConfig(keep_rate=0.05),
     "default, keep 0.1": SparsifinerConfig(keep_rate=0.1),
     "default, keep 0.25": SparsifinerConfig(keep_rate=0.25),
+    "4x8 tiles with 4 queries, keep 0.1": SparsifinerConfig(keep_rate=0.1, query_tile=(4, 8), query_pool=(2, 4)),
+    "4x8 tiles with 2 queries, 4x8 tail, keep 0.1": SparsifinerConfig(
+        keep_rate=0.1, query_tile=(4, 8), query_pool=(4, 4), tail=(4, 8)
+    ),
     "3x3 tail, keep 0.1": SparsifinerConfig(keep_rate=0.1, tail=(3, 3)),
     "no tail, keep 0.1": SparsifinerConfig(keep_rate=0.1, tail=None),
     "oracle (attention mass), keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="oracle"),

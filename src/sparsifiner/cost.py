@@ -12,7 +12,7 @@ from . import cpu
 from .config import SparsifinerConfig
 from .tiling import Tiling
 
-# Sparse must be predicted to take less than this share of dense: the model of the cost is about 15 % off.
+# Sparse must be predicted to take less than this share of dense: the model of the cost is 15 to 25 % off.
 MARGIN = 0.9
 
 
