@@ -2,7 +2,7 @@
 
     python benchmarks/camvid.py CAMVID_FOLDER benchmarks/results/camvid.json
 
-``CAMVID_FOLDER/{train,val}/{images,labels}`` hold street scenes of 480x360 pixels and label images of the same names,
+``CAMVID_FOLDER/{train,val}/{images,labels}`` hold street scenes of 480x360 pixels and PNG label images of the same names,
 11 classes, 11 for void. The built-in ViT-S/14 sees 672x504 pixels. The head is trained on dense features of ``train``,
 each patch against the classes of the pixels it covers, and serves all models as it is: only attention differs. Finished
 settings are kept in the output file; the head lies beside it. mIoU over all pixels of ``val``, predictions upsampled to
@@ -76,7 +76,7 @@ def main() -> None:
 
 def pairs(folder: Path) -> list[tuple[Path, Path]]:
     """Pictures and their label images."""
-    found = [(image, folder / "labels" / image.name) for image in sorted((folder / "images").iterdir())]
+    found = [(image, folder / "labels" / f"{image.stem}.png") for image in sorted((folder / "images").iterdir())]
     if not found:
         raise SystemExit(f"{folder / 'images'} is empty; expected street scenes")
     return found
