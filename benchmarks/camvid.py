@@ -2,11 +2,11 @@
 
     python benchmarks/camvid.py CAMVID_FOLDER benchmarks/results/camvid.json
 
-``CAMVID_FOLDER/{train,val}/{images,labels}`` hold street scenes of 480x360 pixels and label images of the same names
-(PNG), 11 classes, 11 for void. The built-in ViT-S/14 sees 672x504 pixels. The head is trained on dense
-features of ``train``, each patch against the classes of the pixels it covers, and serves all models as it is: only attention differs. Finished
-settings are kept in the output file; the head lies beside it. mIoU over all pixels of ``val``, predictions upsampled to
-the label image; intervals of the drop by bootstrap over the images, paired.
+``CAMVID_FOLDER/{train,val}/{images,labels}`` hold street scenes of 480x360 pixels and label images (PNG) of the same
+names, 11 classes, 11 for void. The built-in ViT-S/14 sees 672x504 pixels. The head is trained on dense features of
+``train``, each patch against the classes of the pixels it covers, and serves all models as it is: only attention
+differs. Finished settings are kept in the output file; the head lies beside it. mIoU over all pixels of ``val``,
+predictions upsampled to the label image; intervals of the drop by bootstrap over the images, paired.
 """
 
 from __future__ import annotations
