@@ -145,6 +145,11 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
     return layers
 
 
+def is_sparse(model: nn.Module) -> bool:
+    """Whether a model has sparse layers."""
+    return any(isinstance(module, SparseAttention) for module in model.modules())
+
+
 def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     """Change the keep rate of all layers, or of each, in place and without new weights."""
     layers = sparse_layers(model)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .attention import SparseAttention
+from .config import SparsifinerConfig
 from .connectivity import Connectivity
-from .convert import sparse_layers
+from .convert import sparse_layers, sparsify
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,17 @@ def record(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, Lay
     finally:
         for name, layer in layers.items():
             layer.observer = previous[name]
+
+
+def observable_twin(dense: nn.Module) -> nn.Module:
+    """A copy of a dense model that attends densely, too, and whose attention layers tell q, k and v.
+
+    Its layers are sparse ones in the paper's reconstruction phase, in which attention is the dense model's.
+    """
+    config = SparsifinerConfig(
+        predictor="lowrank", attn_recon=True, query_tile=(1, 1), tail=None, n_down=1, reduce_c_factor=1
+    )
+    twin = sparsify(dense, config)
+    for layer in sparse_layers(twin).values():
+        layer.training = True  # this module alone; dropout inside it stays off
+    return twin

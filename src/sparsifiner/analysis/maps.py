@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..attention import Observer, SparseAttention
 from ..blocks import refuse_reduced
-from ..config import SparsifinerConfig
 from ..connectivity import Connectivity
-from ..convert import sparse_layers, sparsify
+from ..convert import sparse_layers
+from ..recording import observable_twin
 
 # Rows and columns of the default queries, as shares of the grid: spread out, and off the border.
 QUERY_PLACES = ((0.28, 0.42), (0.55, 0.68), (0.82, 0.22))
@@ -109,7 +109,7 @@ def attention_maps(
         logits = q[0][:, tokens].float() @ k[0].float().transpose(-1, -2) * layer.scale
         weights[name] = logits.softmax(-1).cpu()  # [H, Q, N]
 
-    twin = _dense_with_observers(dense)
+    twin = observable_twin(dense)
     with torch.no_grad(), _observing(twin, wanted, attend):
         twin(x)
     maps = [_layer_map(name, wanted[name], weights[name], kept[name], list(queries)) for name in wanted]
@@ -137,17 +137,6 @@ def _layer_map(
         tiles.append((top, left, min(tiling.tile[0], rows - top), min(tiling.tile[1], columns - left)))
     attention = weights.mean(0)[:, prefix:].unflatten(1, (rows, columns))
     return LayerMap(name, number + 1, attention, torch.stack(kept), torch.stack(mass), tiles)
-
-
-def _dense_with_observers(dense: nn.Module) -> nn.Module:
-    """A copy whose attention runs dense but tells q and k: the layers of the paper's reconstruction phase."""
-    config = SparsifinerConfig(
-        predictor="lowrank", attn_recon=True, query_tile=(1, 1), tail=None, n_down=1, reduce_c_factor=1
-    )
-    twin = sparsify(dense, config)
-    for layer in sparse_layers(twin).values():
-        layer.training = True  # this module alone; dropout inside it stays off
-    return twin
 
 
 @contextmanager

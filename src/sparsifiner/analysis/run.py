@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
-from ..convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
+from ..convert import conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
 from ..models import load_model
 from ..progress import Progress
 from ..tiling import Tiling
@@ -228,9 +228,7 @@ def _draw(
 def _load_pair(settings: Settings, size: tuple[int, int] | None) -> tuple[nn.Module, nn.Module]:
     """The dense model and its sparse version; a saved sparse model and its densified twin."""
     model = load_model(settings.model, img_size=size).to(settings.device, settings.dtype).eval()
-    try:
-        sparse_layers(model)
-    except ValueError:
+    if not is_sparse(model):
         return model, sparsify(model, settings.config)
     if settings.config is not None:
         raise ValueError(f"{settings.model} is sparse already and has its own settings; leave --config out")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .report import DTYPES, parse_keep_rates, parse_sizes
+from .report import check_dtype, parse_keep_rates, parse_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,8 +41,7 @@ def benchmark(
     rates, sizes, counts = parse_keep_rates(keep_rate), parse_sizes(img_size), _parse_counts(tokens)
     dtypes = [name.strip() for name in dtype.split(",")]
     for name in dtypes:
-        if name not in DTYPES:
-            raise ValueError(f"dtype {name!r} is unknown; choose {', '.join(DTYPES)}")
+        check_dtype(name)
 
     import torch
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .report import DTYPES, parse_device, parse_sizes
+from .report import check_dtype, parse_device, parse_sizes
 
 STATE_NAME = "calibration-state.safetensors"
 RESULT_NAME = "calibration.json"
@@ -46,8 +46,7 @@ def calibrate(
     sizes = parse_sizes(img_size)
     if len(sizes) > 1:
         raise ValueError(f"--img-size {img_size!r}: a model is calibrated at one size; give one")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    check_dtype(dtype)
     folder = check_writable(output)
 
     import torch
@@ -107,10 +106,9 @@ def calibrate(
 
 def _sparse(model, config, keep_rate):  # type: ignore[no-untyped-def]
     """``model`` with the settings asked for; one that is sparse already keeps its own but for the keep rate."""
-    from ..attention import SparseAttention
-    from ..convert import set_keep_rate, sparsify
+    from ..convert import is_sparse, set_keep_rate, sparsify
 
-    if not any(isinstance(module, SparseAttention) for module in model.modules()):
+    if not is_sparse(model):
         return sparsify(model, config, keep_rate=keep_rate, inplace=True)
     if config is not None:
         raise ValueError("the model is sparse already and has settings of its own; leave --config out")

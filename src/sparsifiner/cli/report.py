@@ -46,8 +46,7 @@ def report(
     from ..files import check_writable
 
     rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    check_dtype(dtype)
     folder = check_writable(output)
 
     import torch
@@ -125,6 +124,12 @@ def _parts(text: str, option: str, example: str) -> list[str]:
     if not all(parts):
         raise ValueError(f"{option} {text!r} has an empty entry; expected a list such as {example}")
     return parts
+
+
+def check_dtype(name: str) -> None:
+    """Refuse a dtype that no model can be run in."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; choose {', '.join(DTYPES)}")
 
 
 def parse_device(name: str):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .report import DTYPES, parse_device, parse_keep_rates, parse_sizes
+from .report import check_dtype, parse_device, parse_keep_rates, parse_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,8 +43,7 @@ def validate(
     rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
     if len(sizes) > 1:
         raise ValueError(f"--img-size {img_size!r} names several sizes; validate takes one")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    check_dtype(dtype)
 
     import torch
     from rich.console import Console

@@ -75,7 +75,8 @@ def _parts(
     pooled_logits = q[:, :, rows] @ tail.k.mT * layer.scale
     if attn_bias is not None:
         bias = attn_bias[:, :, rows]
-        blocks = Tiling(tiling.grid, layer.config.tail or (1, 1))
+        assert layer.config.tail is not None
+        blocks = tiling.regions(layer.config.tail)
         logits = logits + bias
         pooled_logits = pooled_logits + blocks.mean_patches(bias[..., tiling.num_prefix_tokens :, None])[..., 0]
     pooled_logits = pooled_logits + tail.bias[:, :, tiles][:, :, tile_of_row]

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..files import check_writable, write_atomically
+from ..progress import Progress
 from .accuracy import Accuracy, count_correct
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .data import Samples, TrainBatches, train_loader, train_transform, validation_loader, validation_transform
@@ -27,9 +28,6 @@ from .trackers import make_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)

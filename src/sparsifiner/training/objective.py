@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import SparsifinerConfig
-from ..convert import sparse_layers, sparsify
+from ..convert import sparse_layers
 from ..predictors import LowRankPredictor
-from ..recording import LayerRecord, record
+from ..recording import LayerRecord, observable_twin, record
 from . import losses
 
 FROM_OUTPUTS = {"ce", "kl", "token_mse"}
@@ -154,12 +153,7 @@ class Teacher:
         self.serves = FROM_TEACHER | ({"attn_recon"} if attention else set())
         self.records = attention
         if attention:
-            # The reconstruction mode of a sparse layer is dense attention that can be watched.
-            self.model = (
-                sparsify(model, SparsifinerConfig.paper(attn_recon=True, n_down=1)).requires_grad_(False).eval()
-            )
-            for layer in sparse_layers(self.model).values():
-                layer.training = True
+            self.model = observable_twin(self.model).requires_grad_(False)  # its predictors are new
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Taught:

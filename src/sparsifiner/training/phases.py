@@ -9,9 +9,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from ..convert import set_keep_rate, sparse_layers
+from ..convert import is_sparse, set_keep_rate, sparse_layers
 from .recipe import PhaseConfig, TrainConfig
-from .student import is_sparse
 
 
 def enter_phase(student: nn.Module, phase: PhaseConfig) -> None:

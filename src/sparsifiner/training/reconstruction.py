@@ -55,8 +55,10 @@ def reconstruction_loss(
         if stakes is None:
             target = dense_attention_weights(q[:, :, rows], k, scale, bias)[..., first:]
         else:
+            assert predictor.config.tail is not None
+            blocks = tiling.regions(predictor.config.tail)
             unit = stakes.mean(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-            misses = tail_misses(q[:, :, rows], k, v, _blocks(predictor, tiling), scale, bias)[..., first:]
+            misses = tail_misses(q[:, :, rows], k, v, blocks, scale, bias)[..., first:]
             target, stakes = misses / unit[:, :, None], stakes / unit
         target = (target.unflatten(2, tokens.shape) * share).sum(3)
     if stakes is not None:
@@ -97,8 +99,3 @@ def tail_misses(q: Tensor, k: Tensor, v: Tensor, blocks: Tiling, scale: float, b
     mean_value = torch.nn.functional.pad(pool_blocks(v, blocks)[:, :, block], (0, 0, prefix, 0))
     distance = (v - mean_value).norm(dim=-1)[:, :, None]
     return (attention - stand_in).abs() * mean_value.norm(dim=-1)[:, :, None] + attention * distance
-
-
-def _blocks(predictor: LowRankPredictor, tiling: Tiling) -> Tiling:
-    assert predictor.config.tail is not None
-    return Tiling(tiling.grid, predictor.config.tail, tiling.num_prefix_tokens)

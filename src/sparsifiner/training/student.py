@@ -14,7 +14,7 @@ from typing import Any
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
-from ..convert import densify, sparse_layers, sparsify
+from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..models import load_model
 from ..saving import CONFIG_NAME, save_pretrained
 from .recipe import PhaseConfig, TrainConfig
@@ -85,14 +85,6 @@ def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
     own_attention = phase.train == "predictor" and config.teacher == "same"
     attention = "attn_recon" in phase.losses and not own_attention and config.teacher != "none"
     return bool(set(phase.losses) & {"kl", "token_mse"}) or attention
-
-
-def is_sparse(model: nn.Module) -> bool:
-    """Whether a model has sparse layers."""
-    try:
-        return bool(sparse_layers(model))
-    except ValueError:
-        return False
 
 
 @contextmanager

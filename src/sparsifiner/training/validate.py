@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,16 +12,14 @@ from torch import Tensor, nn
 
 from ..analysis import count_flops, interleave
 from ..config import SparsifinerConfig
-from ..convert import densify, set_keep_rate, sparsify
+from ..convert import densify, is_sparse, set_keep_rate, sparsify
 from ..models import load_model
+from ..progress import Progress
 from .accuracy import Accuracy, count_correct
 from .data import Samples, validation_loader, validation_transform
 from .recipe import DataConfig
 from .sources import ImageSource, open_source
-from .student import always_sparse, is_sparse
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+from .student import always_sparse
 
 
 @dataclass(frozen=True)
