@@ -19,15 +19,15 @@ from torch import nn
 import sparsifiner
 from sparsifiner import SparsifinerConfig, calibrate, from_pretrained, save_pretrained, sparse_layers, sparsify
 from sparsifiner.analysis.images import bundled_photos, preprocess
+from sparsifiner.calibration import fit as module
+from sparsifiner.calibration import spectral
+from sparsifiner.calibration.budget import allocate
+from sparsifiner.calibration.reconstruction import reconstruction_loss
+from sparsifiner.calibration.tail import OFFSETS, best_offsets
 from sparsifiner.cli import main
 from sparsifiner.models import load_model
 from sparsifiner.predictors import LowRankPredictor
 from sparsifiner.tiling import Tiling
-from sparsifiner.training import calibrate as module
-from sparsifiner.training import spectral
-from sparsifiner.training.budget import allocate
-from sparsifiner.training.calibrate_tail import OFFSETS, best_offsets
-from sparsifiner.training.reconstruction import reconstruction_loss
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
 TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
+from sparsifiner.analysis.accuracy import Batch, count_correct, wilson_interval
 from sparsifiner.cli import main
-from sparsifiner.training import DataConfig, validate
-from sparsifiner.training.accuracy import count_correct, wilson_interval
-from sparsifiner.training.data import Batch
+from sparsifiner.evaluation import validate
+from sparsifiner.training import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -14,7 +14,7 @@ from .tiling import Tiling
 from .tokens import kept_patches, prune_tokens, token_pruning, unprune_tokens
 
 if TYPE_CHECKING:
-    from .training.calibrate import calibrate
+    from .calibration import calibrate
 
 __version__ = "0.1.0"
 
@@ -43,8 +43,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "calibrate":  # training is imported when it is asked for
-        from .training.calibrate import calibrate
+    if name == "calibrate":  # calibration is imported when it is asked for
+        from .calibration import calibrate
 
         return calibrate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,10 +54,10 @@ def calibrate(
 
     from .. import save_pretrained
     from ..analysis.images import load_photos
+    from ..calibration import calibrate as fit
     from ..config import SparsifinerConfig
     from ..models import load_model
     from ..progress import progress_on
-    from ..training.calibrate import calibrate as fit
 
     load_photos(images, 1)  # a wrong folder is told before the model is loaded
     size = sizes[0] if sizes else None

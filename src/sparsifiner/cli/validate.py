@@ -13,7 +13,7 @@ from .report import check_dtype, parse_device, parse_keep_rates, parse_sizes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..training.validate import Validation
+    from ..evaluation import Validation
 
 
 def validate(
@@ -49,10 +49,10 @@ def validate(
     from rich.console import Console
 
     from ..config import SparsifinerConfig
+    from ..evaluation import validate as run
     from ..files import check_writable, write_atomically
     from ..progress import progress_on
     from ..training.recipe import DataConfig
-    from ..training.validate import validate as run
 
     if output is not None:
         check_writable(output.parent)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..analysis.accuracy import Batch
 from ..messages import one_line
 from .randomness import seed_of, seeded
 from .sources import ImageSource
@@ -20,25 +20,6 @@ if TYPE_CHECKING:
     from .recipe import AugmentConfig
 
 Transform = Callable[["Image"], Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images and what is known of them.
-
-    Args:
-        images: ``[B, 3, H, W]``.
-        labels: class numbers ``[B]``, -1 without labels.
-        broken: name and reason of each image that could not be read.
-    """
-
-    images: Tensor
-    labels: Tensor
-    broken: dict[str, str]
-
-    def pin_memory(self) -> Batch:
-        """Called by the loader, so that copies to a GPU need not wait."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
 
 
 class Samples(Dataset[Any]):

@@ -13,9 +13,9 @@ from timm.data import Mixup, resolve_model_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..analysis.accuracy import Accuracy, count_correct
 from ..files import check_writable, write_atomically
 from ..progress import Progress
-from .accuracy import Accuracy, count_correct
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .data import Samples, TrainBatches, train_loader, train_transform, validation_loader, validation_transform
 from .objective import Objective

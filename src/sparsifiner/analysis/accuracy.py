@@ -11,9 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batch
-
 Z95 = 1.959964  # of the normal distribution, two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images and what is known of them.
+
+    Args:
+        images: ``[B, 3, H, W]``.
+        labels: class numbers ``[B]``, -1 without labels.
+        broken: name and reason of each image that could not be read.
+    """
+
+    images: Tensor
+    labels: Tensor
+    broken: dict[str, str]
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader, so that copies to a GPU need not wait."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
 
 
 @dataclass(frozen=True)

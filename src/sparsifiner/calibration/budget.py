@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..convert import sparse_layers
-from .calibrate_pass import Replay, dense_attention
+from .observation import Replay, dense_attention
 
 STEPS = (1 / 3, 1.0, 3.0)
 """Measured keep rates, relative to the budget."""

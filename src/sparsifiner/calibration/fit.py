@@ -20,12 +20,12 @@ from ..convert import sparse_layers
 from ..predictors import LowRankPredictor
 from ..progress import Progress, progress_on
 from . import budget, spectral
-from .calibrate_images import Images, load_images
-from .calibrate_pass import Replay, visit_densely
-from .calibrate_report import Calibration, summarise
-from .calibrate_state import Optimizer, State, fingerprint
-from .calibrate_tail import best_offsets, offset_errors, output_errors, sample_tiles
+from .images import Images, load_images
+from .observation import Replay, visit_densely
 from .reconstruction import reconstruction_loss
+from .report import Calibration, summarise
+from .state import Optimizer, State, fingerprint
+from .tail import best_offsets, offset_errors, output_errors, sample_tiles
 
 KeepRates = Literal["given", "per_layer"]
 Start = Literal["spectral", "current"]
@@ -52,7 +52,7 @@ def calibrate(
 ) -> Calibration:
     """Fit ``model``'s predictors and tail to its own dense attention; its other weights stay.
 
-    What is fitted: a ``lowrank`` predictor starts in closed form (``training/spectral.py``) and then follows the
+    What is fitted: a ``lowrank`` predictor starts in closed form (``calibration/spectral.py``) and then follows the
     paper's reconstruction loss, per tile and aware of the tail where there is one; a tail gets an offset of its
     logits per head, chosen by the error of the attention output; and with ``keep_rates="per_layer"`` the layers
     share the budget of keys by the error each was measured to cause. ``model`` is changed at the very end, all at
