@@ -31,7 +31,7 @@ CASES: dict[str, tuple[torch.dtype, Convert]] = {
         torch.float32,
         lambda model: sparsify(prune_tokens(model, keep_rate=0.7), SparsifinerConfig(keep_rate=0.25, dense_below=0)),
     ),
-    "merging to a fifth in the end, float32": (torch.float32, lambda model: METHODS["tome"](model, 0.2)),
+    "merging to a fifth in the end, float32": (torch.float32, lambda model: METHODS["tome"].convert(model, 0.2)),
 }
 
 

@@ -29,7 +29,7 @@ def test_every_method_runs_and_keeping_all_is_dense(tiny_vit, images, name):
     model, x = tiny_vit(depth=4, init_values=0.7), images(2, 3, 32, 32)
     dense = sparsifiner.count_flops(model, x)
     with torch.no_grad():
-        whole = METHODS[name](model, 1.0)
+        whole = METHODS[name].convert(model, 1.0)
         if name not in ALWAYS_PRUNES:
             torch.testing.assert_close(whole(x), model(x), **CLOSE)
         part = convert_with(name, model, 0.25)
@@ -47,7 +47,7 @@ def test_every_method_runs_and_keeping_all_is_dense(tiny_vit, images, name):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
 def test_every_method_refuses_what_has_no_attention(name):
     with pytest.raises(ValueError, match="ResNet") as error:
-        METHODS[name](timm.create_model("resnet18"), 0.5)
+        METHODS[name].convert(timm.create_model("resnet18"), 0.5)
     assert "\n" not in str(error.value)
 
 

@@ -194,7 +194,7 @@ def test_a_broken_image_is_replaced_in_training_and_left_out_in_validation(folde
     batches = list(validation_loader(samples(folder_of_images, replace=False, transform=transform), 5, 0))
     assert sum(len(batch.images) for batch in batches) == 21
     assert {name for batch in batches for name in batch.broken} == {"class0/4.png", "class0/5.png", "class2/7.png"}
-    assert len(collate([(None, -1, {"x": "y"})]).images) == 0
+    assert len(collate([(None, -1, 0, {"x": "y"})]).images) == 0
 
 
 def test_nothing_readable_is_an_error(folder_of_images, monkeypatch):

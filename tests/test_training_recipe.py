@@ -77,7 +77,7 @@ def test_overrides_reach_every_level():
         ({"phases": [{**CLS, "losses": {"ce": 0}}]}, "no loss of positive weight"),
         ({"phases": [{**CLS, "losses": {"ce": float("nan")}}]}, "must be a number"),
         ({"phases": [{**CLS, "keep_rate": 2}], "sparsity": {}}, "(0, 1]"),
-        ({"phases": [{**CLS, "keep_rate": 0.5}]}, "sparsity is null"),
+        ({"phases": [{**CLS, "keep_rate": 0.5}]}, "attention is not sparse"),
         ({"phases": [{"name": "attn_recon", "epochs": 1, "losses": {"ce": 1}}]}, "only the losses attn_recon"),
         ({"phases": [{"name": "attn_recon", "epochs": 1}], "sparsity": {}}, "predictor is 'pooled'"),
         ({"phases": [{**CLS, "losses": {"ratio": 1}}], "sparsity": {"preset": "paper"}}, "score_threshold"),

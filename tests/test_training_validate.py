@@ -56,13 +56,18 @@ def test_the_interval_holds_the_share_and_narrows(trials, share):
 
 def test_counting_correct_answers():
     logits = torch.tensor([[0, 1, 2, 3, 4, 5.0], [5, 4, 3, 2, 1, 0], [0, 0, 9, 0, 0, 0], [6, 5, 4, 3, 2, 1]])
-    batches = [Batch(logits[:3], torch.tensor([5, 1, 2]), {"a": "b"}), Batch(logits[3:], torch.tensor([5]), {})]
+    batches = [
+        Batch(logits[:3], torch.tensor([5, 1, 2]), torch.arange(3), {"a": "b"}),
+        Batch(logits[3:], torch.tensor([5]), torch.arange(1), {}),
+    ]
     found = count_correct(torch.nn.Identity(), batches, torch.device("cpu"))
     assert (found.images, found.top1, found.top5, found.broken) == (4, 2, 3, {"a": "b"})
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([5, 1, 2, 5]))
     assert found.loss == pytest.approx(float(expected))
     with pytest.raises(ValueError, match="the model's own classes"):
-        count_correct(torch.nn.Identity(), [Batch(logits, torch.tensor([0, 1, 2, 6]), {})], torch.device("cpu"))
+        count_correct(
+            torch.nn.Identity(), [Batch(logits, torch.tensor([0, 1, 2, 6]), torch.arange(4), {})], torch.device("cpu")
+        )
     with pytest.raises(ValueError, match="no readable image"):
         count_correct(torch.nn.Identity(), [], torch.device("cpu"))
 

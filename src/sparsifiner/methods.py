@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
@@ -14,8 +15,29 @@ from .convert import sparsify
 from .grid import follow_grid
 from .tokens import prune_tokens
 
-Method = Callable[[nn.Module, float], nn.Module]
-"""Takes a dense timm model and a keep rate in (0, 1]; returns a converted copy."""
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make a model cheaper.
+
+    Args:
+        convert: takes a dense timm model and a keep rate in (0, 1]; returns a converted copy.
+        config: the sparse settings at a keep rate, or None where attention is not sparse.
+    """
+
+    convert: Callable[[nn.Module, float], nn.Module]
+    config: Callable[[float], SparsifinerConfig] | None = None
+
+
+def find_method(name: str) -> Method:
+    """The method ``name`` of :data:`METHODS`.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def convert_with(name: str, model: nn.Module, keep_rate: float) -> nn.Module:
@@ -24,31 +46,37 @@ def convert_with(name: str, model: nn.Module, keep_rate: float) -> nn.Module:
     Raises:
         ValueError: if there is no such method, or it cannot convert the model.
     """
-    if name not in METHODS:
-        raise ValueError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
-    return METHODS[name](model, check_keep_rate(keep_rate))
+    return find_method(name).convert(model, check_keep_rate(keep_rate))
 
 
-def _sparse(predictor: str, **changes: Any) -> Method:
+def _sparse(config: Callable[[float], SparsifinerConfig]) -> Method:
+    return Method(lambda model, keep_rate: sparsify(model, config(keep_rate)), config)
+
+
+def _tiles(predictor: str, **changes: Any) -> Method:
     """Query tiles that keep ``keep_rate`` of the keys, at every size: a comparison must not fall back to dense."""
 
-    def convert(model: nn.Module, keep_rate: float) -> nn.Module:
+    def config(keep_rate: float) -> SparsifinerConfig:
         settings: dict[str, Any] = dict(keep_rate=keep_rate, predictor=cast(PredictorName, predictor), dense_below=0)
-        return sparsify(model, SparsifinerConfig(**settings, **changes))
+        return SparsifinerConfig(**settings, **changes)
 
-    return convert
+    return _sparse(config)
+
+
+def _paper_config(keep_rate: float) -> SparsifinerConfig:
+    return SparsifinerConfig.paper(keep_rate=keep_rate)
 
 
 def _dense(model: nn.Module, keep_rate: float) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def _paper(model: nn.Module, keep_rate: float) -> nn.Module:
-    return sparsify(model, SparsifinerConfig.paper(keep_rate=keep_rate))
+def _tiles_with_pruning(model: nn.Module, keep_rate: float) -> nn.Module:
+    return sparsify(_pruned(model, 0.7, fuse=True), SparsifinerConfig(keep_rate=keep_rate, dense_below=0))
 
 
 def _paper_with_pruning(model: nn.Module, keep_rate: float) -> nn.Module:
-    return _paper(_pruned(model, 0.7, fuse=True), keep_rate)
+    return sparsify(_pruned(model, 0.7, fuse=True), _paper_config(keep_rate))
 
 
 def _linformer(model: nn.Module, keep_rate: float) -> nn.Module:
@@ -79,25 +107,28 @@ def _tome(model: nn.Module, keep_rate: float) -> nn.Module:
 
 
 METHODS: dict[str, Method] = {
-    "dense": _dense,
-    "sparsifiner": _sparse("pooled"),
-    "sparsifiner-no-tail": _sparse("pooled", tail=None),
-    "lowrank": _sparse("lowrank"),
-    "paper": _paper,
-    "paper-evit": _paper_with_pruning,
-    "oracle": _sparse("oracle"),
-    "oracle-no-tail": _sparse("oracle", tail=None),
-    "local": _sparse("local"),
-    "local-no-tail": _sparse("local", tail=None),
-    "strided": _sparse("strided"),
-    "strided-no-tail": _sparse("strided", tail=None),
-    "random": _sparse("random"),
-    "random-no-tail": _sparse("random", tail=None),
-    "linformer": _linformer,
-    "token-pruning": _token_pruning,
-    "evit": _evit,
-    "tome": _tome,
+    "dense": Method(_dense),
+    "sparsifiner": _tiles("pooled"),
+    "sparsifiner-no-tail": _tiles("pooled", tail=None),
+    "sparsifiner-evit": Method(
+        _tiles_with_pruning, lambda keep_rate: SparsifinerConfig(keep_rate=keep_rate, dense_below=0)
+    ),
+    "lowrank": _tiles("lowrank"),
+    "paper": _sparse(_paper_config),
+    "paper-evit": Method(_paper_with_pruning, _paper_config),
+    "oracle": _tiles("oracle"),
+    "oracle-no-tail": _tiles("oracle", tail=None),
+    "local": _tiles("local"),
+    "local-no-tail": _tiles("local", tail=None),
+    "strided": _tiles("strided"),
+    "strided-no-tail": _tiles("strided", tail=None),
+    "random": _tiles("random"),
+    "random-no-tail": _tiles("random", tail=None),
+    "linformer": Method(_linformer),
+    "token-pruning": Method(_token_pruning),
+    "evit": Method(_evit),
+    "tome": Method(_tome),
 }
-"""What the keep rate means: keys per query for the sparse methods (``paper-evit`` adds pruning at 0.7), rows of the
-projections over tokens for ``linformer``, patches left by each of three pruning layers over those before it for
+"""What the keep rate means: keys per query for the sparse methods (those with ``-evit`` add pruning at 0.7), rows of
+the projections over tokens for ``linformer``, patches left by each of three pruning layers over those before it for
 ``token-pruning`` and ``evit`` (so its third power in the end), patches left in the end for ``tome``."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .attention import SparseAttention
+from .baselines import apply_baseline, baseline_parameters, baseline_settings
 from .config import SparsifinerConfig
 from .convert import sparse_layers, sparsify
 from .files import replacing, write_atomically
@@ -24,29 +25,30 @@ from .tokens import TokenPruning, prune_tokens, token_pruning
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
-FORMAT = 2
-"""Written; format 1, which knew no token pruning, is read as well."""
+FORMAT = 3
+"""Written; format 1, which knew no token pruning, and format 2, which knew no baselines, are read as well."""
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
-    """Write a sparse or pruned timm model to ``folder``: its settings as JSON, its weights as safetensors.
+    """Write a converted timm model to ``folder``: its settings as JSON, its weights as safetensors.
 
     Where the pretrained weights the model started from are on this computer (in the package or in the
     Hugging Face cache), only the tensors that differ from them are written, the predictors above all, with
     a fingerprint of the others. Files are replaced whole; an interrupted save leaves the old ones.
 
     Args:
-        model: the result of ``sparsify``, ``prune_tokens`` or both on a model made by ``timm.create_model``.
+        model: the result of ``sparsify``, ``prune_tokens``, both, or a baseline on a model made by
+            ``timm.create_model``.
         folder: made if needed.
         model_args: arguments of ``timm.create_model`` beyond the architecture; found out if None.
 
     Raises:
-        ValueError: if the model is neither sparse nor pruned, not a timm model, or ``model_args`` do not rebuild it.
+        ValueError: if the model is not converted, not a timm model, or ``model_args`` do not rebuild it.
         OSError: if the folder cannot be written.
     """
     layers = _sparse_layers(model)
-    pruning = _token_pruning(model)
-    if not layers and pruning is None:
+    pruning, baseline = _token_pruning(model), baseline_settings(model)
+    if not is_converted(model):
         raise ValueError(f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first")
     architecture = _architecture(model)
     arguments = _model_args(model) if model_args is None else dict(model_args)
@@ -60,6 +62,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         "dtype": str(dtype).removeprefix("torch."),
         "config": _common_config([layer.config for layer in layers]).to_dict() if layers else None,
         "token_pruning": None if pruning is None else pruning.to_dict(),
+        "baseline": baseline,
         "basis_grid": _basis_grid(layers[0]) if layers else None,
         "dense_fingerprint": None,
     }
@@ -74,6 +77,11 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     with replacing(folder / WEIGHTS_NAME) as temporary:
         save_file(_without_aliases(state), temporary)
     write_atomically(folder / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``model`` is sparse, pruned, or converted by a baseline, so that :func:`save_pretrained` takes it."""
+    return bool(_sparse_layers(model)) or _token_pruning(model) is not None or baseline_settings(model) is not None
 
 
 def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = None) -> nn.Module:
@@ -106,6 +114,8 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
         )
     if settings.get("token_pruning") is not None:
         prune_tokens(model, **TokenPruning.from_dict(settings["token_pruning"]).to_dict(), inplace=True)
+    if settings.get("baseline") is not None:
+        apply_baseline(model, settings["baseline"]).to(dtype)
     sparse = model
     if settings["config"] is not None:
         sparse = sparsify(model, SparsifinerConfig.from_dict(settings["config"]), inplace=True).to(dtype)
@@ -181,10 +191,13 @@ def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, An
 
 
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the predictors' own weights."""
+    """The state dict without what conversion has added: predictors, and a baseline's projections."""
     layers = [name for name, module in model.named_modules() if isinstance(module, SparseAttention)]
     own = tuple(f"{name}.predictor.".lstrip(".") for name in layers)
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    added = baseline_parameters(model)
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if name not in added and not name.startswith(own)
+    }
 
 
 def _sparse_layers(model: nn.Module) -> list[SparseAttention]:
@@ -262,9 +275,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     names = {"format", "architecture", "model_args", "dtype", "config", "basis_grid", "dense_fingerprint"}
     if not isinstance(settings, dict) or not names <= settings.keys():
         raise ValueError(f"{path} is not the description of a saved sparse model; expected {', '.join(sorted(names))}")
-    if settings["format"] not in (1, FORMAT):
+    if settings["format"] not in range(1, FORMAT + 1):
         raise ValueError(
-            f"{path} has format {settings['format']}, this version reads 1 and {FORMAT}; update sparsifiner"
+            f"{path} has format {settings['format']}, this version reads 1 to {FORMAT}; update sparsifiner"
         )
     return settings
 

@@ -21,16 +21,18 @@ class Batch:
     Args:
         images: ``[B, 3, H, W]``.
         labels: class numbers ``[B]``, -1 without labels.
+        numbers: which images of their source these are, ``[B]``.
         broken: name and reason of each image that could not be read.
     """
 
     images: Tensor
     labels: Tensor
+    numbers: Tensor
     broken: dict[str, str]
 
     def pin_memory(self) -> Batch:
         """Called by the loader, so that copies to a GPU need not wait."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.numbers, self.broken)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,31 @@ def wilson_interval(hits: int, trials: int, z: float = Z95) -> tuple[float, floa
     return (0.0 if hits == 0 else low, 1.0 if hits == trials else high)
 
 
+def paired_drop(before: Tensor, after: Tensor, z: float = Z95) -> tuple[float, tuple[float, float]]:
+    """How much accuracy one model loses against another on the same images, and the confidence interval.
+
+    Only images on which the two disagree tell anything, so the interval is much narrower than those of the two
+    accuracies. It is Wald's for paired shares with half an image added to each of the four counts, which keeps it
+    honest where they hardly disagree (Agresti and Min, "Simple improved confidence intervals for comparing matched
+    proportions", Statistics in Medicine, 2005).
+
+    Args:
+        before: whether the first model was right, ``[n]``, boolean.
+        after: the same of the second.
+        z: quantile of the normal distribution; 95 % by default.
+
+    Returns:
+        The share of ``before`` less that of ``after``, and its interval.
+    """
+    if before.shape != after.shape or before.ndim != 1 or not len(before):
+        raise ValueError(f"a paired comparison needs the same images, got {list(before.shape)} and {list(after.shape)}")
+    lost, won, images = int((before & ~after).sum()), int((after & ~before).sum()), len(before)
+    total = images + 2
+    centre = (lost - won) / total
+    half = z * math.sqrt(((lost + won + 1) - (lost - won) ** 2 / total) / total**2)
+    return (lost - won) / images, (centre - half, centre + half)
+
+
 @torch.inference_mode()
 def count_correct(
     model: nn.Module,
@@ -89,6 +116,7 @@ def count_correct(
     *,
     reduce: Callable[[Tensor], Tensor] = lambda counts: counts,
     progress: Callable[[int], None] = lambda done: None,
+    each: Callable[[Batch, Tensor], None] | None = None,
 ) -> Accuracy:
     """Classify every image once; the model is put into evaluation mode.
 
@@ -98,6 +126,7 @@ def count_correct(
         device: where the model is.
         reduce: sums counts ``[4]`` over processes.
         progress: told how many batches are done.
+        each: told of every batch which of its images had their class first, ``[B]``, boolean.
 
     Raises:
         ValueError: if there is no labelled image, or a label the model has no class for.
@@ -115,6 +144,8 @@ def count_correct(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             found = (torch.tensor(float(len(labels))), best[:, 0].sum(), best.any(-1).sum(), loss)
             counts += torch.stack([value.double().cpu() for value in found])
+            if each is not None:
+                each(batch, best[:, 0].cpu())
         progress(number + 1)
     counts = reduce(counts)
     images = int(counts[0])

@@ -48,28 +48,35 @@ class LinformerAttention(Attention):
         return gated_projection(self, x, dense_attention(self, q, k, v))
 
 
-def linformer(model: nn.Module, *, keep_rate: float, inplace: bool = False) -> nn.Module:
+def linformer(
+    model: nn.Module, *, keep_rate: float | None = None, n_down: int | None = None, inplace: bool = False
+) -> nn.Module:
     """Replace the attention of a timm Vision Transformer by Linformer's, with average pooling to start from.
 
     Args:
         model: a timm model made of timm's standard attention. It is copied unless ``inplace``.
         keep_rate: rows of the projections over tokens, ``n_down / N``, rounded up; at least one row more than there are
-            prefix tokens. At 1 the model stays what it was.
+            prefix tokens. At 1 the model stays what it was. Or
+        n_down: the number of rows.
         inplace: convert ``model`` itself and return it.
 
     Raises:
-        ValueError: if no layer of ``model`` is timm's standard attention.
+        ValueError: if no layer of ``model`` is timm's standard attention, or not exactly one size is given.
     """
+    if (keep_rate is None) == (n_down is None):
+        raise ValueError("linformer needs the rows of its projections: give keep_rate or n_down, one of the two")
     names = [name for name, module in model.named_modules() if type(module) is Attention]
     if not names or getattr(model, "patch_embed", None) is None:
         raise ValueError(f"{type(model).__name__} is no Vision Transformer with timm's standard attention")
     if not inplace:
         model = copy.deepcopy(model)
     grid = follow_grid(model)
-    num_tokens = grid.num_prefix_tokens + grid.num_patches
-    n_down = max(grid.num_prefix_tokens + 1, math.ceil(keep_rate * num_tokens))
+    if keep_rate is not None:
+        n_down = math.ceil(keep_rate * (grid.num_prefix_tokens + grid.num_patches))
+    assert n_down is not None
+    start = average_pooling(grid, max(grid.num_prefix_tokens + 1, n_down))
     for name in names:
-        model.set_submodule(name, LinformerAttention(model.get_submodule(name), average_pooling(grid, n_down)))  # type: ignore[arg-type]
+        model.set_submodule(name, LinformerAttention(model.get_submodule(name), start))  # type: ignore[arg-type]
     return model
 
 

@@ -61,6 +61,7 @@ def build_app() -> Any:
     from .benchmark import benchmark
     from .calibrate import calibrate
     from .info import info
+    from .pareto import pareto
     from .report import report
     from .train import train
     from .validate import validate
@@ -77,6 +78,7 @@ def build_app() -> Any:
     app.command()(benchmark)
     app.command()(calibrate)
     app.command()(info)
+    app.command()(pareto)
     app.command()(train)
     app.command()(validate)
     return app

@@ -1,5 +1,7 @@
-"""What a model is worth on labelled images, dense beside sparse."""
+"""What models are worth on labelled images: one beside its dense twin, and many methods at many keep rates."""
 
+from .cell import Cell, Row
+from .pareto import Sweep, run_sweep
 from .validate import Validation, validate
 
-__all__ = ["Validation", "validate"]
+__all__ = ["Cell", "Row", "Sweep", "Validation", "run_sweep", "validate"]

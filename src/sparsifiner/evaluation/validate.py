@@ -159,7 +159,7 @@ def _measure(
     """One row; ``x`` is the batch ``[B, 3, H, W]`` that speed is measured on."""
     loader = validation_loader(samples, len(x), workers)
     told = partial(_tell_batches, tell, f"{name}: accuracy", len(loader))
-    accuracy = count_correct(_Cast(variant, x.dtype), loader, x.device, progress=told)
+    accuracy = count_correct(Cast(variant, x.dtype), loader, x.device, progress=told)
     flops = count_flops(variant, x[:1])
     speed = None
     if repeats:
@@ -169,7 +169,7 @@ def _measure(
     return Row(name, accuracy, flops.total_macs, flops.mhsa_macs, speed)
 
 
-class _Cast(nn.Module):
+class Cast(nn.Module):
     """Images in the model's own type."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:

@@ -39,7 +39,7 @@ class Samples(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, dict[str, str]]:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, int, dict[str, str]]:
         epoch, wanted = place
         broken: dict[str, str] = {}
         for number in (*range(wanted, len(self)), *range(wanted)):
@@ -48,10 +48,10 @@ class Samples(Dataset[Any]):
             except Exception as error:  # decoders raise what they like on a broken file
                 broken[self.source.name(number)] = one_line(error)
                 if not self.replace_broken:
-                    return None, -1, broken
+                    return None, -1, wanted, broken
                 continue
             with seeded(self.seed, epoch, wanted):
-                return self.transform(image), self.source.label(number), broken
+                return self.transform(image), self.source.label(number), wanted, broken
         raise ValueError(f"none of the {len(self)} images can be read; the first: {next(iter(broken.items()))}")
 
 
@@ -125,14 +125,15 @@ def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader[Batch]:
     )
 
 
-def collate(samples: list[tuple[Tensor | None, int, dict[str, str]]]) -> Batch:
+def collate(samples: list[tuple[Tensor | None, int, int, dict[str, str]]]) -> Batch:
     """Samples to a batch; those that could not be read are left out."""
     broken: dict[str, str] = {}
-    for _, _, names in samples:
+    for _, _, _, names in samples:
         broken.update(names)
-    kept = [(image, label) for image, label, _ in samples if image is not None]
-    images = torch.stack([image for image, _ in kept]) if kept else torch.empty(0)
-    return Batch(images, torch.tensor([label for _, label in kept], dtype=torch.long), broken)
+    kept = [(image, label, number) for image, label, number, _ in samples if image is not None]
+    images = torch.stack([image for image, _, _ in kept]) if kept else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in kept], dtype=torch.long)
+    return Batch(images, labels, torch.tensor([number for _, _, number in kept], dtype=torch.long), broken)
 
 
 def train_transform(config: AugmentConfig, size: tuple[int, int], normalisation: dict[str, Any]) -> Transform:

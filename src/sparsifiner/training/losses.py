@@ -118,7 +118,7 @@ def basis_size(predictor: LowRankPredictor) -> Tensor:
 def over_score_rows(predictor: LowRankPredictor, q: Tensor, k: Tensor, tiling: Tiling, loss: RowLoss) -> Tensor:
     """The sum of ``loss`` over the score rows of all patches, a bounded number at a time; q and k get no gradient."""
     coef = predictor.dense_coefficients(q.detach(), k.detach(), tiling)
-    basis = predictor.signed_basis(tiling).transpose(0, 1)
+    basis = predictor.signed_basis(tiling).mT
 
     def part(rows: Tensor, columns: Tensor, start: int, stop: int) -> Tensor:
         return loss(rows @ columns, start, stop)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..config import SparsifinerConfig
+from ..config import SparsifinerConfig, check_keep_rate
+from ..methods import find_method
 
 LOSSES = ("ce", "kl", "token_mse", "attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
 SCORE_LOSSES = ("attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
@@ -214,8 +215,9 @@ class TrainConfig:
         num_classes: width of the head; the number of classes in the data, or the model's own if it has no labels.
         pretrained: start from pretrained weights; False only serves tests.
         teacher: ``same`` (the model as it is before training, dense), ``none``, or the name of another.
-        sparsity: settings of :class:`SparsifinerConfig` (``preset: paper`` for the paper's), ``saved`` where
-            ``model`` is a folder of a sparse model, or None to train dense.
+        sparsity: settings of :class:`SparsifinerConfig` (``preset: paper`` for the paper's), ``method`` and
+            ``keep_rate`` for a method of :data:`sparsifiner.methods.METHODS`, ``saved`` where ``model`` is a folder
+            of a sparse model, or None to train dense.
         data: the images.
         augment: their random changes.
         batch_size: images per process and forward pass.
@@ -282,8 +284,22 @@ class TrainConfig:
         if self.augment.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size must be even for mixup and cutmix, got {self.batch_size}")
 
+    @property
+    def method(self) -> tuple[str, float] | None:
+        """Name and keep rate of the method that converts the model, or None where settings do."""
+        if not isinstance(self.sparsity, Mapping) or "method" not in self.sparsity:
+            return None
+        if set(self.sparsity) != {"method", "keep_rate"}:
+            raise ValueError(f"sparsity with a method takes method and keep_rate, got {', '.join(self.sparsity)}")
+        find_method(self.sparsity["method"])
+        return self.sparsity["method"], check_keep_rate(self.sparsity["keep_rate"])
+
     def sparse_config(self) -> SparsifinerConfig | None:
-        """The settings of the sparse model, or None where training is dense or they come with the model."""
+        """The settings of the sparse model, or None where attention is not sparse or they come with the model."""
+        if self.method is not None:
+            name, keep_rate = self.method
+            config = find_method(name).config
+            return None if config is None else config(keep_rate)
         if self.sparsity is None or self.sparsity == "saved":
             return None
         if not isinstance(self.sparsity, Mapping):
@@ -300,7 +316,7 @@ class TrainConfig:
     def _check_phase(self, phase: PhaseConfig, config: SparsifinerConfig | None) -> None:
         needs_predictor = sorted(set(phase.losses) & set(SCORE_LOSSES)) or (phase.train == "predictor" and ["train"])
         if needs_predictor and (config is None or config.predictor != "lowrank"):
-            found = "sparsity is null" if config is None else f"predictor is {config.predictor!r}"
+            found = "attention is not sparse" if config is None else f"predictor is {config.predictor!r}"
             raise ValueError(
                 f"phase {phase.name} trains a predictor ({needs_predictor[0]}), which only predictor='lowrank' has, "
                 f"but {found}"
@@ -308,7 +324,7 @@ class TrainConfig:
         if "ratio" in phase.losses and (config is None or config.score_threshold is None):
             raise ValueError("the loss ratio needs sparsity.score_threshold: with a fixed keep rate the ratio is given")
         if phase.keep_rate is not None and config is None:
-            raise ValueError(f"phase {phase.name} sets keep_rate, but sparsity is null")
+            raise ValueError(f"phase {phase.name} sets keep_rate, but attention is not sparse")
         if self.teacher == "none" and set(phase.losses) & {"kl", "token_mse"}:
             raise ValueError(f"phase {phase.name} distils (kl, token_mse), but teacher is none")
 

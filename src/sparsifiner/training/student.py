@@ -15,8 +15,9 @@ from timm.models import get_model_args, save_for_hf
 from torch import nn
 
 from ..convert import densify, is_sparse, sparse_layers, sparsify
+from ..methods import convert_with
 from ..models import load_model
-from ..saving import CONFIG_NAME, save_pretrained
+from ..saving import CONFIG_NAME, is_converted, save_pretrained
 from .recipe import PhaseConfig, TrainConfig
 
 
@@ -37,6 +38,8 @@ def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Modul
         pretrained=config.pretrained,
         model_args=config.model_args,
     )
+    if is_converted(base) and not is_sparse(base):
+        raise ValueError(f"{config.model} is pruned or a baseline; name the dense model it was made from")
     saved = is_sparse(base)
     if saved != (config.sparsity == "saved"):
         raise ValueError(
@@ -47,6 +50,9 @@ def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Modul
     if saved:
         config.check_phases(next(iter(sparse_layers(base).values())).config)
     teacher = _teacher(config, base)
+    if config.method is not None:
+        name, keep_rate = config.method
+        return convert_with(name, base, keep_rate), teacher
     settings = config.sparse_config()
     return base if settings is None else sparsify(base, settings, inplace=True), teacher
 
@@ -103,11 +109,11 @@ def always_sparse(model: nn.Module) -> Iterator[None]:
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """Write a trained model: a sparse one as ``save_pretrained`` does, a dense one in timm's own format.
+    """Write a trained model: a converted one as ``save_pretrained`` does, a dense one in timm's own format.
 
     Either folder is a model name for ``load_model``.
     """
-    if is_sparse(model):
+    if is_converted(model):
         arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in get_model_args(model).items()}
         save_pretrained(model, folder, model_args=arguments)
         return

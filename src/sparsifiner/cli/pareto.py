@@ -1,0 +1,139 @@
+"""``sparsifiner pareto``: accuracy against cost, methods by keep rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .report import check_dtype, parse_device, parse_keep_rates, parse_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from ..evaluation import Row
+
+
+def pareto(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to the recipe, such as phases.1.steps=100.", metavar="[NAME=VALUE]..."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A dense classifier: a timm name, or a folder of train.", metavar="NAME|FOLDER")
+    ] = "builtin",
+    data: Annotated[str | None, typer.Option(help="Folder of the images.", metavar="FOLDER")] = None,
+    source: Annotated[
+        str, typer.Option(help="folder, cifar10-png, torch/<name> or hf/<name>.", metavar="KIND")
+    ] = "folder",
+    split: Annotated[str, typer.Option(help="Name of the split to measure on; '' if the folder is it.")] = "val",
+    train_split: Annotated[str, typer.Option(help="Name of the split to calibrate and train on.")] = "train",
+    methods: Annotated[str, typer.Option(help="Names, such as sparsifiner,paper,local.")] = "sparsifiner,local",
+    keep_rate: Annotated[str, typer.Option(help="Keep rates, such as 0.5,0.25,0.1.")] = "0.5,0.25,0.1,0.05",
+    stages: Annotated[str, typer.Option(help="Any of training-free, calibrated, fine-tuned.")] = "training-free",
+    recipe: Annotated[Path | None, typer.Option(help="Recipe of the fine-tuning, YAML.")] = None,
+    img_size: Annotated[str | None, typer.Option(help="Pixels, such as 224 or 480x640.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Images to measure on; all by default.", min=1)] = None,
+    calibration_images: Annotated[int, typer.Option(help="Training images to calibrate on.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 4,
+    repeats: Annotated[int, typer.Option(help="Speed measurements of each model; 0 for none.", min=0)] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision or Hugging Face download.")] = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for pareto.json, pareto.csv and the figures; a sweep in it goes on.")
+    ] = Path("sparsifiner-pareto"),
+    json: Annotated[bool, typer.Option("--json", help="Print pareto.json on stdout and nothing else there.")] = False,
+) -> None:
+    """Sweep methods and keep rates: top-1 with 95 % intervals against multiply-adds and milliseconds."""
+    rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
+    if len(sizes) > 1:
+        raise ValueError(f"--img-size {img_size!r} names several sizes; pareto takes one")
+    if recipe is None and overrides:
+        raise ValueError(f"{overrides[0]!r} changes a recipe, but there is none; name it with --recipe")
+    check_dtype(dtype)
+
+    import torch
+    from rich.console import Console
+
+    from ..evaluation import Sweep, run_sweep
+    from ..evaluation.figure import draw_pareto
+    from ..evaluation.results import RESULTS, TABLE
+    from ..progress import progress_on
+    from ..training.recipe import DataConfig
+    from ..training.recipe_file import load_recipe
+
+    sweep = Sweep(
+        model=model,
+        data=DataConfig(
+            source=source, path=data, train_split=train_split, val_split=split, img_size=sizes[0] if sizes else None,
+            workers=workers, download=download,
+        ),
+        methods=_names(methods),
+        keep_rates=rates,
+        stages=_names(stages),
+        recipe=None if recipe is None else load_recipe(recipe, overrides or []),
+        num_images=num_images,
+        calibration_images=calibration_images,
+        batch_size=batch_size,
+        dtype=getattr(torch, dtype),
+        device=str(parse_device(device)),
+        repeats=repeats,
+    )  # fmt: skip
+    stderr = Console(stderr=True)
+
+    def say(text: str) -> None:
+        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        with progress_on(stderr) as progress:
+            rows = run_sweep(sweep, output, progress=progress, say=say)
+    except KeyboardInterrupt:
+        say("the same command goes on from here")
+        raise
+    figures = draw_pareto(rows, output)
+    if json:
+        print((output / RESULTS).read_text(), end="")
+        return
+    stdout = Console()
+    if not stdout.is_terminal:
+        stdout = Console(width=120)
+    print_rows(rows, stdout)
+    written = [str(path) for path in (output / RESULTS, output / TABLE, *figures)]
+    stdout.print(f"written: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """The table of a sweep."""
+    from rich.table import Table
+
+    from ..evaluation.results import table_row
+
+    table = Table()
+    for column in ("method", "keep", "stage", "top-1", "drop, points", "MHSA MMACs", "saved", "ms", "speed-up"):
+        table.add_column(column, justify="left" if column in ("method", "stage") else "right")
+    for row in rows:
+        values = table_row(row, rows)
+        speed = "" if row.ms is None or row.dense_ms is None else f"{row.dense_ms / row.ms:.2f}x"
+        table.add_row(
+            row.cell.method,
+            f"{row.cell.keep_rate:g}",
+            row.cell.stage,
+            f"{values['top1']:.2f} %",
+            f"{values['drop']:+.2f} [{values['drop_low']:+.2f}, {values['drop_high']:+.2f}]",
+            f"{values['mhsa_mmacs']:.1f}",
+            f"{values['mhsa_saved']:.0f} %",
+            "" if row.ms is None else f"{row.ms:.1f}",
+            speed,
+        )
+    counts = sorted({row.images for row in rows})
+    console.print(table)
+    console.print(f"{' to '.join(str(count) for count in counts[:1] + counts[1:][-1:])} images", highlight=False)

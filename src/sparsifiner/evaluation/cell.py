@@ -1,0 +1,129 @@
+"""One point of a sweep: what it is, and what was measured of it."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..analysis.accuracy import paired_drop, wilson_interval
+from ..methods import find_method
+
+STAGES = ("training-free", "calibrated", "fine-tuned")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at one keep rate, with or without fitting.
+
+    Args:
+        method: a name of :data:`sparsifiner.methods.METHODS`.
+        keep_rate: in (0, 1]; what it means depends on the method.
+        stage: one of :data:`STAGES`.
+    """
+
+    method: str
+    keep_rate: float
+    stage: str = "training-free"
+
+    def __post_init__(self) -> None:
+        find_method(self.method)
+        if self.stage not in STAGES:
+            raise ValueError(f"stage {self.stage!r} is unknown; choose one of {', '.join(STAGES)}")
+
+    @property
+    def name(self) -> str:
+        """Also that of its folder."""
+        return f"{self.method}-{self.keep_rate:g}-{self.stage}"
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its attention is sparse, so that there is something to calibrate."""
+        return find_method(self.method).config is not None
+
+    @property
+    def learns_predictor(self) -> bool:
+        """Whether it has predictors with weights."""
+        config = find_method(self.method).config
+        return config is not None and config(self.keep_rate).predictor == "lowrank"
+
+
+@dataclass
+class Row:
+    """What was measured of a cell. Images come in one order for all cells, so rows compare image by image.
+
+    Args:
+        cell: what was measured.
+        hits: for the images so far, in the order of the sweep, whether their class came first.
+        missing: places among them of images that could not be read; they count nowhere.
+        mhsa_macs: multiply-adds per image as the paper counts them (:attr:`FlopReport.mhsa_macs`).
+        mhsa_full_macs: the same with every product of the predictor.
+        total_macs: of the whole model.
+        ms: milliseconds per image, or None if not measured.
+        dense_ms: of the dense model, in runs that alternated with these.
+        seconds: wall-clock cost of calibrating or training.
+        note: what was different from the other cells.
+    """
+
+    cell: Cell
+    hits: list[bool] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    mhsa_macs: int = 0
+    mhsa_full_macs: int = 0
+    total_macs: int = 0
+    ms: float | None = None
+    dense_ms: float | None = None
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def images(self) -> int:
+        """How many were classified."""
+        return len(self.hits) - len(self.missing)
+
+    @property
+    def top1(self) -> float:
+        """Share of the images whose class came first."""
+        return sum(self.hits) / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of :attr:`top1`, 95 %, by Wilson."""
+        return wilson_interval(sum(self.hits), self.images)
+
+    def drop_from(self, other: Row) -> tuple[float, tuple[float, float]]:
+        """How much less accurate this is than ``other`` on the images both have seen, with its 95 % interval."""
+        count = min(len(self.hits), len(other.hits))
+        gone = {*self.missing, *other.missing}
+        kept = [place for place in range(count) if place not in gone]
+        return paired_drop(torch.tensor(other.hits)[kept], torch.tensor(self.hits)[kept])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the hits as base64 of packed bits."""
+        values = {name: value for name, value in vars(self).items() if name not in ("cell", "hits")}
+        return {**asdict(self.cell), **values, "count": len(self.hits), "hits": _pack(self.hits)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """The inverse of :meth:`to_dict`."""
+        values = dict(values)
+        cell = Cell(**{name: values.pop(name) for name in ("method", "keep_rate", "stage")})
+        return cls(cell, _unpack(values.pop("hits"), values.pop("count")), **values)
+
+
+def _pack(hits: list[bool]) -> str:
+    return base64.b64encode(numpy.packbits(numpy.array(hits, dtype=bool)).tobytes()).decode()
+
+
+def _unpack(text: str, count: int) -> list[bool]:
+    bits = numpy.unpackbits(numpy.frombuffer(base64.b64decode(text), dtype=numpy.uint8), count=count)
+    return [bool(bit) for bit in bits]
+
+
+def image_order(length: int, seed: int) -> Tensor:
+    """Numbers of all images in random order, so that the first of them are a fair sample, ``[length]``."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,79 @@
+"""The figure of Wei et al.: accuracy against multiply-adds of attention, and against measured time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from ..methods import METHODS
+from .cell import STAGES, Row
+
+AXES: dict[str, tuple[str, Callable[[Row], float | None]]] = {
+    "pareto-macs.png": ("MHSA, M multiply-adds per image", lambda row: row.mhsa_macs / 1e6 or None),
+    "pareto-ms.png": ("milliseconds per image", lambda row: row.ms),
+}
+"""File of each figure, label of its x axis, and the value there."""
+
+
+def draw_pareto(rows: Iterable[Row], folder: Path) -> list[Path]:
+    """Draw both figures, a panel per stage, bars for the 95 % intervals; returns the files.
+
+    Args:
+        rows: of a sweep, dense among them.
+        folder: exists.
+    """
+    rows = [row for row in rows if row.images]
+    written = []
+    for name, (label, value) in AXES.items():
+        shown = [row for row in rows if value(row) is not None]
+        if len(shown) > 1:
+            write_atomically(folder / name, _draw(shown, label, value))
+            written.append(folder / name)
+    return written
+
+
+def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    stages = [stage for stage in STAGES if any(row.cell.stage == stage and row.cell.method != "dense" for row in rows)]
+    methods = [name for name in METHODS if name != "dense" and any(row.cell.method == name for row in rows)]
+    figure = Figure(figsize=(1.8 + 4.2 * len(stages), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(stages), sharex=True, sharey=True, squeeze=False)[0]
+    dense = next((row for row in rows if row.cell.method == "dense"), None)
+    for panel, stage in zip(panels, stages, strict=True):
+        if dense is not None:
+            low, high = dense.interval
+            panel.axhspan(100 * low, 100 * high, color="0.9", zorder=0)
+            panel.plot(value(dense), 100 * dense.top1, "k*", markersize=11, label="dense")
+        for number, method in enumerate(methods):
+            found = [row for row in rows if row.cell.method == method and row.cell.stage == stage]
+            found.sort(key=lambda row: row.cell.keep_rate)
+            if found:
+                _line(panel, found, value, number)
+        panel.set(xlabel=label, title=stage)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("top-1, %")
+    names: dict[str, Any] = {}
+    for panel in panels:
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            names.setdefault(name, handle)
+    figure.legend(names.values(), names, loc="outside right center", frameon=False, fontsize=9)
+    image = BytesIO()
+    figure.savefig(image, dpi=130)
+    return image.getvalue()
+
+
+def _line(panel: Any, rows: Sequence[Row], value: Callable[[Row], Any], number: int) -> None:
+    """One method from its lowest keep rate to its highest."""
+    top1 = [100 * row.top1 for row in rows]
+    below = [100 * (row.top1 - row.interval[0]) for row in rows]
+    above = [100 * (row.interval[1] - row.top1) for row in rows]
+    panel.errorbar(
+        [value(row) for row in rows], top1, yerr=[below, above], marker="os^vDPX"[number % 7], markersize=4,
+        linewidth=1.2, elinewidth=0.8, capsize=2, color=f"C{number % 10}", label=rows[0].cell.method,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Rows of a sweep on disk: JSON that a sweep goes on from, and a table as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from .cell import Cell, Row
+
+RESULTS = "pareto.json"
+TABLE = "pareto.csv"
+
+
+def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell, Row]:
+    """The rows in ``folder``, none if it holds no sweep.
+
+    Args:
+        folder: where :func:`save_rows` wrote.
+        purpose: what the sweep to go on with has in common for all rows; not compared if None.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds a sweep for another purpose.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        rows = [Row.from_dict(values) for values in content["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no readable sweep ({error}); name another folder with --output") from error
+    for name, wanted in (purpose or {}).items():
+        if rows and content.get(name) != wanted:
+            raise ValueError(
+                f"{path} holds a sweep with another {name}: {_short(content.get(name))} instead of {_short(wanted)}; "
+                f"name another folder with --output"
+            )
+    return {row.cell: row for row in rows}
+
+
+def save_rows(folder: Path, purpose: dict[str, Any], rows: Iterable[Row]) -> None:
+    """Write ``pareto.json`` and ``pareto.csv``, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(rows)
+    content = {**purpose, "rows": [row.to_dict() for row in rows]}
+    write_atomically(folder / RESULTS, json.dumps(content, indent=1) + "\n")
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(table_row(rows[0], rows)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(table_row(row, rows) for row in rows)
+    write_atomically(folder / TABLE, text.getvalue())
+
+
+def table_row(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
+    """One line of the table; drops are against the dense model on the same images, shares in percent."""
+    dense = next((other for other in rows if other.cell.method == "dense" and other.images), row)
+    drop, (low, high) = row.drop_from(dense)
+    top1_low, top1_high = row.interval
+    return {
+        "method": row.cell.method,
+        "keep_rate": row.cell.keep_rate,
+        "stage": row.cell.stage,
+        "images": row.images,
+        "top1": _percent(row.top1),
+        "top1_low": _percent(top1_low),
+        "top1_high": _percent(top1_high),
+        "drop": _percent(drop),
+        "drop_low": _percent(low),
+        "drop_high": _percent(high),
+        "mhsa_mmacs": round(row.mhsa_macs / 1e6, 2),
+        "mhsa_full_mmacs": round(row.mhsa_full_macs / 1e6, 2),
+        "mhsa_saved": _percent(1 - row.mhsa_macs / dense.mhsa_macs) if dense.mhsa_macs else "",
+        "total_gmacs": round(row.total_macs / 1e9, 4),
+        "ms": "" if row.ms is None else round(row.ms, 3),
+        "dense_ms": "" if row.dense_ms is None else round(row.dense_ms, 3),
+        "fit_seconds": round(row.seconds),
+        "note": row.note,
+    }
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 3)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
