@@ -101,13 +101,18 @@ def check_reducible(model: nn.Module, layers: list[int], attention: tuple[type[n
             raise refuse(f"block {layer} has {type(block.attn).__name__}, expected {expected}")
 
 
+def reduces_tokens(model: nn.Module) -> bool:
+    """Whether ``model`` prunes or merges tokens."""
+    return any(isinstance(module, ReducingBlock) for module in model.modules())
+
+
 def refuse_reduced(model: nn.Module, what: str) -> None:
     """Refuse a model that ends with fewer tokens than patches, where ``what`` needs every patch in its place.
 
     Raises:
         ValueError: one line that names ``what``.
     """
-    if any(isinstance(module, ReducingBlock) for module in model.modules()):
+    if reduces_tokens(model):
         raise ValueError(
             f"{what} compare patch by patch, but {type(model).__name__} prunes or merges tokens; "
             f"use the model without that (unprune_tokens undoes pruning)"

@@ -121,6 +121,10 @@ class LvVit(VisionTransformer):
         """Train with labels of every patch: ``forward`` in training mode returns a :class:`TokenLabelOutput`."""
         self.token_labels = enable
 
+    def get_classifier(self) -> Any:
+        """Both heads: that of the class token and that of the patches."""
+        return self.head, self.aux_head
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for class token and patches."""
         super().reset_classifier(num_classes, global_pool)

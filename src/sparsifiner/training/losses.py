@@ -47,8 +47,23 @@ def logit_distillation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def token_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the patch tokens after the last layer, ``[B, num_patches, C]``."""
+    """Mean squared difference of patch tokens after the last layer, both ``[B, P, C]`` and of the same patches."""
     return F.mse_loss(student.float(), teacher.float())
+
+
+def token_labels(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of every patch with the classes the teacher sees in it, mean over patches and batch.
+
+    The loss on patches of token labeling (Jiang et al., NeurIPS 2021), who weigh it 0.5 and whose labels another
+    network has made beforehand. Minus the teacher's entropy, which has no gradient, it is the divergence by which
+    the code of DynamicViT (Rao et al., NeurIPS 2021) distils LV-ViT.
+
+    Args:
+        student: logits of the auxiliary head ``[B, P, classes]``.
+        teacher: logits of the teacher's, for the same patches.
+    """
+    labels = teacher.float().softmax(-1)
+    return F.cross_entropy(student.float().flatten(0, 1), labels.flatten(0, 1))
 
 
 def attention_reconstruction(

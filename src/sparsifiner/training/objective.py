@@ -13,9 +13,12 @@ from ..convert import sparse_layers
 from ..predictors import LowRankPredictor
 from ..recording import LayerRecord, observable_twin, record
 from . import losses
+from .patches import auxiliary_head, refuse_reducing_teacher, same_patches
+from .recipe import TEACHER_LOSSES
 
-FROM_OUTPUTS = {"ce", "kl", "token_mse"}
-FROM_TEACHER = {"kl", "token_mse"}
+FROM_TEACHER = set(TEACHER_LOSSES)
+FROM_OUTPUTS = {"ce"} | FROM_TEACHER
+PER_PATCH = {"token_mse", "token_label"}
 FROM_QUERIES = {"attn_recon", "attn_self_distill", "least_k", "ratio"}
 
 
@@ -23,20 +26,31 @@ class Objective(nn.Module):
     """The training loss as a module, so that distributed training wraps all of it.
 
     Args:
-        student: a timm Vision Transformer, dense or sparse.
+        student: a timm Vision Transformer, dense, sparse or pruned.
         teacher: a dense one that gives the targets, or None. It is no submodule: it has no gradients, is not
             saved, and is not moved with this module.
         weights: weight of each loss by name (:data:`recipe.LOSSES`).
         smoothing: label smoothing, for targets that are class numbers.
 
     Raises:
-        ValueError: if the teacher's outputs or attention layers do not fit the student's.
+        ValueError: if a loss has no teacher, or teacher and student do not fit each other; what only their outputs
+            tell, ``forward`` refuses.
     """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, weights: Mapping[str, float], smoothing: float = 0.0
     ) -> None:
         super().__init__()
+        for name in weights:
+            if name not in FROM_TEACHER:
+                continue
+            if teacher is None:
+                raise ValueError(f"the loss {name} learns from a teacher, but there is none; name one or leave it out")
+            if name in PER_PATCH:
+                refuse_reducing_teacher(teacher, name)
+            if name == "token_label":
+                auxiliary_head(student, "student")
+                auxiliary_head(teacher, "teacher")
         self.student = student
         self.weights = dict(weights)
         self.smoothing = smoothing
@@ -69,12 +83,25 @@ class Objective(nn.Module):
         if taught is not None and "kl" in wanted:
             _same_shape("logits", logits, taught.logits)
             parts["kl"] = losses.logit_distillation(logits, taught.logits)
-        if taught is not None and "token_mse" in wanted:
-            _same_shape("patch tokens", tokens, taught.tokens)
-            parts["token_mse"] = losses.token_distillation(tokens, taught.tokens)
+        if taught is not None and wanted & PER_PATCH:
+            parts.update(self._patch_losses(tokens, taught))
         parts.update(self._predictor_losses(seen, taught))
         total = torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}
+
+    def _patch_losses(self, tokens: Tensor, taught: Taught) -> dict[str, Tensor]:
+        """The losses on patch tokens ``[B, n, C]``, mean over the patches that the student has left."""
+        parts: dict[str, Tensor] = {}
+        tokens, targets = same_patches(self.student, tokens, taught.tokens)
+        if "token_mse" in self.weights:
+            _same_shape("patch tokens", tokens, targets)
+            parts["token_mse"] = losses.token_distillation(tokens, targets)
+        if "token_label" in self.weights:
+            assert self.teacher is not None
+            logits, labels = auxiliary_head(self.student, "student")(tokens), self.teacher.classify(targets)
+            _same_shape("patch logits", logits, labels)
+            parts["token_label"] = losses.token_labels(logits, labels)
+        return parts
 
     def _predictor_losses(self, seen: Mapping[str, LayerRecord], taught: Taught | None) -> dict[str, Tensor]:
         """The losses on predictors, each the mean over the layers."""
@@ -161,6 +188,11 @@ class Teacher:
             seen = stack.enter_context(record(self.model, tensors=True)) if self.records else {}
             tokens, logits = run_model(self.model, images, head=True)
         return Taught(tokens, logits, seen)
+
+    @torch.no_grad()
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, P, classes]`` of its auxiliary head for its own patch tokens ``[B, P, C]``."""
+        return auxiliary_head(self.model, "teacher")(tokens)
 
 
 def run_model(model: Any, images: Tensor, *, head: bool) -> tuple[Tensor, Tensor]:

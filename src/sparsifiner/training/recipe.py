@@ -12,7 +12,8 @@ from typing import Any
 from ..config import SparsifinerConfig, check_keep_rate
 from ..methods import find_method
 
-LOSSES = ("ce", "kl", "token_mse", "attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
+LOSSES = ("ce", "kl", "token_mse", "token_label", "attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
+TEACHER_LOSSES = ("kl", "token_mse", "token_label")
 SCORE_LOSSES = ("attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
 TRAINABLE = ("predictor", "backbone", "head", "all")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -325,8 +326,9 @@ class TrainConfig:
             raise ValueError("the loss ratio needs sparsity.score_threshold: with a fixed keep rate the ratio is given")
         if phase.keep_rate is not None and config is None:
             raise ValueError(f"phase {phase.name} sets keep_rate, but attention is not sparse")
-        if self.teacher == "none" and set(phase.losses) & {"kl", "token_mse"}:
-            raise ValueError(f"phase {phase.name} distils (kl, token_mse), but teacher is none")
+        distils = [name for name in TEACHER_LOSSES if name in phase.losses]
+        if self.teacher == "none" and distils:
+            raise ValueError(f"phase {phase.name} distils ({', '.join(distils)}), but teacher is none")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, from which :func:`recipe_file.from_dict` makes the same configuration."""

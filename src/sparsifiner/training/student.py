@@ -18,7 +18,7 @@ from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..methods import convert_with
 from ..models import load_model
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
-from .recipe import PhaseConfig, TrainConfig
+from .recipe import TEACHER_LOSSES, PhaseConfig, TrainConfig
 
 
 def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, nn.Module | None]:
@@ -66,11 +66,11 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
     if (
         config.pretrained
         and base.num_classes != _trained_classes(config, base)
-        and any("kl" in phase.losses for phase in config.phases)
+        and any({"kl", "token_label"} & phase.losses.keys() for phase in config.phases)
     ):
         raise ValueError(
             f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach logits; train it "
-            f"dense first and name its folder as model, name another teacher, or leave out the loss kl"
+            f"dense first and name its folder as model, name another teacher, or leave out kl and token_label"
         )
     return densify(base) if is_sparse(base) else copy.deepcopy(base)
 
@@ -90,7 +90,7 @@ def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
     """
     own_attention = phase.train == "predictor" and config.teacher == "same"
     attention = "attn_recon" in phase.losses and not own_attention and config.teacher != "none"
-    return bool(set(phase.losses) & {"kl", "token_mse"}) or attention
+    return bool(set(phase.losses) & set(TEACHER_LOSSES)) or attention
 
 
 @contextmanager
