@@ -12,6 +12,7 @@ from conftest import lively
 from torch import nn
 
 from sparsifiner import SparsifinerConfig, kept_patches, prune_tokens, sparsify
+from sparsifiner.blocks import reduces_tokens
 from sparsifiner.methods import convert_with
 from sparsifiner.models import load_model
 from sparsifiner.training import train
@@ -162,6 +163,21 @@ def test_the_head_phase_trains_both_heads_of_an_lvvit():
     assert learning == {"head", "aux_head"}
 
 
+def test_the_authors_losses_of_lvvit(images):
+    """Class token alone for the classes, squared difference of the patches' logits."""
+    teacher, x = tiny_lvvit(), images(2, 3, 32, 32)
+    student = disturbed(teacher)
+    with torch.no_grad():
+        mine, whole = student.forward_features(x), teacher.forward_features(x)
+        expected = (student.aux_head(mine[:, 1:]) - teacher.aux_head(whole[:, 1:])).square().mean()
+        classes = F.cross_entropy(student.head(mine[:, 0]), torch.tensor([1, 2]))
+    assert loss_of("aux_mse", student, teacher, x) == pytest.approx(expected.item(), rel=1e-4)
+    _, parts = Objective(student, teacher, {"ce": 1.0})(x, torch.tensor([1, 2]))
+    assert parts["ce"].item() == pytest.approx(classes.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="aux_mse needs a student with an auxiliary head"):
+        Objective(torch.nn.Linear(1, 1), teacher, {"aux_mse": 1.0})
+
+
 @pytest.mark.parametrize("losses", [{"ce": 1.0, "kl": 0.5, "token_mse": 0.5, "token_label": 0.5}, {"token_label": 1.0}])
 @pytest.mark.parametrize("sparsity", [{"preset": "paper", "keep_rate": 0.3}, {"method": "evit", "keep_rate": 0.7}])
 def test_a_recipe_trains_an_lvvit_with_token_labels(folder_of_images, tmp_path, sparsity, losses):
@@ -183,3 +199,21 @@ def test_a_recipe_trains_an_lvvit_with_token_labels(folder_of_images, tmp_path, 
     assert isinstance(load_model(str(result.model)).aux_head, nn.Linear)
     with pytest.raises(ValueError, match=r"token_label\), but teacher is none"):
         from_dict({**recipe, "teacher": "none"})
+
+
+def test_a_saved_pruned_student_goes_on_with_an_unpruned_teacher(folder_of_images, tmp_path):
+    recipe = {
+        "model": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "model_args": {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2},
+        "sparsity": {"method": "sparsifiner-evit", "keep_rate": 0.5},
+        "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_limit": 3},
+        "batch_size": 4,
+        "log_every": 1,
+        "phases": [{"name": "cls_distill", "steps": 1, "lr": 1e-3}],
+    }
+    first = train(from_dict(recipe), tmp_path / "first", cpu=True)
+    recipe |= {"model": str(first.model), "model_args": {}, "sparsity": "saved"}
+    again = train(from_dict(recipe), tmp_path / "again", cpu=True)
+    assert again.history[0]["token_mse"] > 0
+    assert reduces_tokens(load_model(str(again.model)))

@@ -30,7 +30,7 @@ from ..progress import Progress
 from ..saving import is_converted
 from ..training.data import Samples, collate, validation_transform
 from ..training.engine import train
-from ..training.recipe import SCORE_LOSSES, DataConfig, TrainConfig
+from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, DataConfig, TrainConfig
 from ..training.sources import ImageSource, open_source
 from ..training.student import save_model
 from .cell import STAGES, Cell, Row, image_order
@@ -222,10 +222,11 @@ class _Run:
             if len(phases) < len(recipe.phases):
                 note.append("no predictor to train")
         if cell.method == "tome":
+            kept = [{name: weight for name, weight in p.losses.items() if name not in PATCH_LOSSES} for p in phases]
             phases = tuple(
-                dataclasses.replace(p, losses={k: v for k, v in p.losses.items() if k != "token_mse"}) for p in phases
+                dataclasses.replace(p, losses=losses) for p, losses in zip(phases, kept, strict=True) if losses
             )
-            note.append("merged tokens have no counterpart for token_mse")
+            note.append("merged tokens have no counterpart for losses on patches")
         if not phases:
             raise ValueError(f"the recipe has no phase that {cell.method} could be trained by; add cls_distill")
         config = dataclasses.replace(

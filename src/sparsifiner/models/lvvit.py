@@ -130,6 +130,10 @@ class LvVit(VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._new_aux_head()
 
+    def forward_class_token(self, x: Tensor) -> Tensor:
+        """Final tokens ``[B, N, C]`` to the logits of the class token alone ``[B, classes]``, for training."""
+        return super().forward_head(x)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Final tokens ``[B, N, C]`` to logits ``[B, classes]``; the class feature with ``pre_logits`` or no head."""
         logits = super().forward_head(x, pre_logits=pre_logits)
@@ -168,7 +172,7 @@ class LvVit(VisionTransformer):
             if patches.shape[1] != grid[0] * grid[1]:
                 raise ValueError("MixToken needs every patch to its end; set mix_token=False on a pruned model")
             patches = _exchange(patches, box, grid)
-        return TokenLabelOutput(super().forward_head(tokens), self.aux_head(patches), box, exchanged)
+        return TokenLabelOutput(self.forward_class_token(tokens), self.aux_head(patches), box, exchanged)
 
 
 def random_box(grid: tuple[int, int]) -> tuple[int, int, int, int]:

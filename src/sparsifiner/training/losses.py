@@ -51,6 +51,14 @@ def token_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.float())
 
 
+def patch_logit_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the auxiliary heads' logits ``[B, P, classes]``.
+
+    What the code of Wei et al. compares patch by patch with LV-ViT, in the place of the tokens.
+    """
+    return F.mse_loss(student.float(), teacher.float())
+
+
 def token_labels(student: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy of every patch with the classes the teacher sees in it, mean over patches and batch.
 

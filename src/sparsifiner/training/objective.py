@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import sparse_layers
+from ..models import LvVit
 from ..predictors import LowRankPredictor
 from ..recording import LayerRecord, observable_twin, record
 from . import losses
 from .patches import auxiliary_head, refuse_reducing_teacher, same_patches
-from .recipe import TEACHER_LOSSES
+from .recipe import PATCH_LOSSES, TEACHER_LOSSES
 
 FROM_TEACHER = set(TEACHER_LOSSES)
 FROM_OUTPUTS = {"ce"} | FROM_TEACHER
-PER_PATCH = {"token_mse", "token_label"}
+FROM_AUXILIARY_HEADS = {"aux_mse": losses.patch_logit_distillation, "token_label": losses.token_labels}
 FROM_QUERIES = {"attn_recon", "attn_self_distill", "least_k", "ratio"}
 
 
@@ -46,11 +47,11 @@ class Objective(nn.Module):
                 continue
             if teacher is None:
                 raise ValueError(f"the loss {name} learns from a teacher, but there is none; name one or leave it out")
-            if name in PER_PATCH:
+            if name in PATCH_LOSSES:
                 refuse_reducing_teacher(teacher, name)
-            if name == "token_label":
-                auxiliary_head(student, "student")
-                auxiliary_head(teacher, "teacher")
+            if name in FROM_AUXILIARY_HEADS:
+                auxiliary_head(student, "student", name)
+                auxiliary_head(teacher, "teacher", name)
         self.student = student
         self.weights = dict(weights)
         self.smoothing = smoothing
@@ -83,7 +84,7 @@ class Objective(nn.Module):
         if taught is not None and "kl" in wanted:
             _same_shape("logits", logits, taught.logits)
             parts["kl"] = losses.logit_distillation(logits, taught.logits)
-        if taught is not None and wanted & PER_PATCH:
+        if taught is not None and wanted.intersection(PATCH_LOSSES):
             parts.update(self._patch_losses(tokens, taught))
         parts.update(self._predictor_losses(seen, taught))
         total = torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum()
@@ -96,11 +97,13 @@ class Objective(nn.Module):
         if "token_mse" in self.weights:
             _same_shape("patch tokens", tokens, targets)
             parts["token_mse"] = losses.token_distillation(tokens, targets)
-        if "token_label" in self.weights:
-            assert self.teacher is not None
-            logits, labels = auxiliary_head(self.student, "student")(tokens), self.teacher.classify(targets)
-            _same_shape("patch logits", logits, labels)
-            parts["token_label"] = losses.token_labels(logits, labels)
+        for name, loss in FROM_AUXILIARY_HEADS.items():
+            if name in self.weights:
+                assert self.teacher is not None
+                logits = auxiliary_head(self.student, "student", name)(tokens)
+                labels = self.teacher.classify(targets, name)
+                _same_shape("patch logits", logits, labels)
+                parts[name] = loss(logits, labels)
         return parts
 
     def _predictor_losses(self, seen: Mapping[str, LayerRecord], taught: Taught | None) -> dict[str, Tensor]:
@@ -190,13 +193,15 @@ class Teacher:
         return Taught(tokens, logits, seen)
 
     @torch.no_grad()
-    def classify(self, tokens: Tensor) -> Tensor:
+    def classify(self, tokens: Tensor, loss: str) -> Tensor:
         """Logits ``[B, P, classes]`` of its auxiliary head for its own patch tokens ``[B, P, C]``."""
-        return auxiliary_head(self.model, "teacher")(tokens)
+        return auxiliary_head(self.model, "teacher", loss)(tokens)
 
 
 def run_model(model: Any, images: Tensor, *, head: bool) -> tuple[Tensor, Tensor]:
     """Patch tokens after the last layer and its norm ``[B, P, C]``, and logits ``[B, classes]`` (empty without head).
+
+    The logits of an LV-ViT are those of the class token alone, by which its authors and Wei et al. train it.
 
     Raises:
         ValueError: if the model is no timm Vision Transformer.
@@ -204,7 +209,8 @@ def run_model(model: Any, images: Tensor, *, head: bool) -> tuple[Tensor, Tensor
     if not hasattr(model, "forward_features") or not hasattr(model, "num_prefix_tokens"):
         raise ValueError(f"{type(model).__name__} is no timm Vision Transformer; training needs its patch tokens")
     features = model.forward_features(images)
-    logits = model.forward_head(features) if head else features.new_empty(0)
+    classify = model.forward_class_token if isinstance(model, LvVit) else model.forward_head
+    logits = classify(features) if head else features.new_empty(0)
     return features[:, model.num_prefix_tokens :], logits
 
 

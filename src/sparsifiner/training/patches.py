@@ -57,17 +57,18 @@ def same_patches(student: nn.Module, tokens: Tensor, taught: Tensor) -> tuple[Te
     if tokens.shape[1] != taught.shape[1] and reduces_tokens(student):
         raise ValueError(
             f"the student merges {taught.shape[1]} patches into {tokens.shape[1]} tokens, which no token of the "
-            f"teacher corresponds to; leave out the losses on patches (token_mse, token_label)"
+            f"teacher corresponds to; leave out the losses on patches (token_mse, aux_mse, token_label)"
         )
     return tokens, taught
 
 
-def auxiliary_head(model: nn.Module, whose: str) -> nn.Module:
+def auxiliary_head(model: nn.Module, whose: str, loss: str) -> nn.Module:
     """The head that classifies patch tokens ``[B, P, C]`` one by one, to ``[B, P, classes]``.
 
     Args:
         model: the model.
         whose: student or teacher, for the message.
+        loss: name of the loss that needs it, for the message.
 
     Raises:
         ValueError: if the model has none.
@@ -75,7 +76,7 @@ def auxiliary_head(model: nn.Module, whose: str) -> nn.Module:
     head = getattr(model, "aux_head", None)
     if head is None or isinstance(head, nn.Identity):
         raise ValueError(
-            f"token_label needs a {whose} with an auxiliary head that classifies every patch, as LV-ViT has with "
-            f"num_classes above 0; {type(model).__name__} has none, so leave token_label out"
+            f"{loss} needs a {whose} with an auxiliary head that classifies every patch, as LV-ViT has with "
+            f"num_classes above 0; {type(model).__name__} has none, so leave {loss} out"
         )
     return head

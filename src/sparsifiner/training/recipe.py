@@ -12,9 +12,10 @@ from typing import Any
 from ..config import SparsifinerConfig, check_keep_rate
 from ..methods import find_method
 
-LOSSES = ("ce", "kl", "token_mse", "token_label", "attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
-TEACHER_LOSSES = ("kl", "token_mse", "token_label")
+PATCH_LOSSES = ("token_mse", "aux_mse", "token_label")
+TEACHER_LOSSES = ("kl", *PATCH_LOSSES)
 SCORE_LOSSES = ("attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
+LOSSES = ("ce", *TEACHER_LOSSES, *SCORE_LOSSES)
 TRAINABLE = ("predictor", "backbone", "head", "all")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "trackio", "wandb")

@@ -18,6 +18,7 @@ from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..methods import convert_with
 from ..models import load_model
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
+from ..tokens import PruningBlock, unprune_tokens
 from .recipe import TEACHER_LOSSES, PhaseConfig, TrainConfig
 
 
@@ -66,13 +67,14 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
     if (
         config.pretrained
         and base.num_classes != _trained_classes(config, base)
-        and any({"kl", "token_label"} & phase.losses.keys() for phase in config.phases)
+        and any({"kl", "aux_mse", "token_label"} & phase.losses.keys() for phase in config.phases)
     ):
         raise ValueError(
-            f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach logits; train it "
-            f"dense first and name its folder as model, name another teacher, or leave out kl and token_label"
+            f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach them; train it "
+            f"dense first and name its folder as model, name another teacher, or leave out kl, aux_mse and token_label"
         )
-    return densify(base) if is_sparse(base) else copy.deepcopy(base)
+    dense = densify(base) if is_sparse(base) else copy.deepcopy(base)
+    return unprune_tokens(dense) if any(isinstance(m, PruningBlock) for m in dense.modules()) else dense
 
 
 def _trained_classes(config: TrainConfig, base: Any) -> int | None:
