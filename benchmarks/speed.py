@@ -21,7 +21,7 @@ import timm
 import torch
 
 from sparsifiner import SparsifinerConfig, cpu, sparsify
-from sparsifiner.analysis.benchmark import Measured, measure_operator
+from sparsifiner.analysis.benchmark import Measured, measure_model, measure_operator
 from sparsifiner.analysis.latency import interleave_all
 from sparsifiner.analysis.memory import measure_memory
 from sparsifiner.analysis.report import this_machine
@@ -43,22 +43,14 @@ def whole(
     name: str, size: int, keep_rate: float, dtype: torch.dtype, *, batch: int = 1, compiled: bool, repeats: int
 ) -> list[Measured]:
     """Dense, the default, and wider tiles; eager and, where it is measured, under ``torch.compile``."""
-    dense = model(name, size).to(dtype)
     default = SparsifinerConfig(keep_rate=keep_rate)
     configs = {"sparse": default, "sparse, 4x8 tiles": default.replace(**WIDE)}
-    models = {"dense": dense, **{label: sparsify(dense, config) for label, config in configs.items()}}
-    if compiled:
-        models |= {f"{label}, compiled": torch.compile(side, fullgraph=True) for label, side in models.items()}
-    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.inference_mode():
-        work = {label: partial(side, x) for label, side in models.items()}
-        seconds = interleave_all(work, repeats=repeats, warmup=1)
-    sides = [label for label in seconds if label.startswith("dense")]
-    fastest = min(sides, key=lambda label: sorted(seconds[label])[len(seconds[label]) // 2])
-    precision = str(dtype).removeprefix("torch.")
-    title = f"{name}, {size} px, batch {batch}, {precision}, keep {keep_rate}"
-    settings = {"configs": {label: config.to_dict() for label, config in configs.items()}}
-    return [Measured(title, settings, seconds, fastest)]
+    dense = model(name, size)
+    return [
+        measure_model(
+            dense, configs, (size, size), title=name, batch=batch, dtype=dtype, compiled=compiled, repeats=repeats
+        )
+    ]
 
 
 def openvino_dense(size: int) -> list[Measured]:

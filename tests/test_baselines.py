@@ -21,7 +21,7 @@ from sparsifiner.grid import PatchGrid
 from sparsifiner.methods import METHODS, convert_with
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-ALWAYS_PRUNES = {"paper-evit"}
+ALWAYS_PRUNES = ("paper-evit", "sparsifiner-evit")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,7 +10,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from ..attention import move_state
-from .vit import SparseVitAttention, gated_projection, project_vit
+from .vit import DenseVitAttention, SparseVitAttention, gated_projection, project_vit
 
 
 @torch.no_grad()
@@ -35,17 +35,8 @@ def dense_attention(layer: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tens
     return out.transpose(1, 2).flatten(2)
 
 
-class ScoredAttention(Attention):
-    """A dense layer whose forward returns its output ``[B, N, C]`` and :func:`class_scores` ``[B, N]``.
-
-    Args:
-        dense: the layer to take over. It must not be used afterwards: its weights are shared.
-    """
-
-    def __init__(self, dense: Attention) -> None:
-        nn.Module.__init__(self)
-        move_state(dense, self)
-        self.train(dense.training)
+class ScoredAttention(DenseVitAttention):
+    """A dense layer whose forward returns its output ``[B, N, C]`` and :func:`class_scores` ``[B, N]``."""
 
     def to_plain(self) -> Attention:
         """timm's layer back, with the weights of this one; this one must not be used afterwards."""

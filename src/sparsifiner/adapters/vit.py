@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from ..attention import SparseAttention, refuse_mask
+from ..attention import SparseAttention, move_state, refuse_mask
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -25,6 +25,19 @@ def project_vit(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v ``[B, H, N, D]`` of timm's ``Attention``, normed where it has norms."""
     q, k, v = split_qkv(layer.qkv(x), layer.num_heads)
     return layer.q_norm(q), layer.k_norm(k), v
+
+
+class DenseVitAttention(Attention):
+    """Base of layers that do more than timm's ``Attention`` with its own weights.
+
+    Args:
+        dense: the layer to take over. It must not be used afterwards: its weights are shared.
+    """
+
+    def __init__(self, dense: Attention) -> None:
+        nn.Module.__init__(self)
+        move_state(dense, self)
+        self.train(dense.training)
 
 
 class SparseVitAttention(SparseAttention, Attention):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ def _operator_work(
 
 def measure_model(
     dense: nn.Module,
-    config: SparsifinerConfig,
+    configs: Mapping[str, SparsifinerConfig],
     image_size: tuple[int, int],
     *,
     title: str,
@@ -158,22 +158,23 @@ def measure_model(
     max_seconds: float = math.inf,
     progress: Progress | None = None,
 ) -> Measured:
-    """A whole model, dense and sparse, on a random image.
+    """A whole model, dense and sparse in one or more ways, on a random image.
 
     Args:
         dense: a dense model; it is copied.
-        config: settings of the sparse model.
+        configs: settings of the sparse models by name, all of the same keep rate.
         image_size: rows and columns in pixels.
         title: the model's name.
         batch: images at once.
         dtype: of weights and images.
-        compiled: whether to measure both sides under ``torch.compile`` as well; that compiles for minutes.
+        compiled: whether to measure all of them under ``torch.compile`` as well; that compiles for minutes.
         repeats: interleaved rounds.
         max_seconds: no further round is started after so long.
         progress: called with the rounds timed and their number.
     """
     dense = copy.deepcopy(dense).eval().to(dtype)
-    models: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense, "sparse": sparsify(dense, config)}
+    models: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense}
+    models |= {name: sparsify(dense, config) for name, config in configs.items()}
     if compiled:
         models |= {f"{name}, compiled": torch.compile(model, fullgraph=True) for name, model in models.items()}
     x = torch.randn(batch, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -190,12 +191,11 @@ def measure_model(
         "image_size": list(image_size),
         "batch": batch,
         "dtype": name,
-        "config": config.to_dict(),
+        "configs": {label: config.to_dict() for label, config in configs.items()},
     }
+    keep_rate = next(iter(configs.values())).keep_rate
     pixels = f"{image_size[0]} px" if image_size[0] == image_size[1] else f"{image_size[0]}x{image_size[1]} px"
-    return Measured(
-        f"{title}, {pixels}, batch {batch}, {name}, keep {config.keep_rate}", settings, seconds, _fastest(seconds)
-    )
+    return Measured(f"{title}, {pixels}, batch {batch}, {name}, keep {keep_rate}", settings, seconds, _fastest(seconds))
 
 
 def _fastest(seconds: dict[str, list[float]]) -> str:

@@ -10,13 +10,13 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from ..adapters.scored import dense_attention
-from ..adapters.vit import gated_projection, project_vit
-from ..attention import move_state, refuse_mask
+from ..adapters.vit import DenseVitAttention, gated_projection, project_vit
+from ..attention import refuse_mask
 from ..grid import PatchGrid, follow_grid
 from ..subset import z_order
 
 
-class LinformerAttention(Attention):
+class LinformerAttention(DenseVitAttention):
     """``softmax(q (E k)^T) (F v)`` with learned ``E`` and ``F`` ``[n_down, N]``, shared by the heads of a layer.
 
     They start as average pooling: prefix tokens by themselves, the patches in compact regions of nearly equal size.
@@ -27,12 +27,10 @@ class LinformerAttention(Attention):
     """
 
     def __init__(self, dense: Attention, start: Tensor) -> None:
-        nn.Module.__init__(self)
-        move_state(dense, self)
+        super().__init__(dense)
         start = start.to(dense.qkv.weight)
         self.key_basis = nn.Parameter(start.clone())
         self.value_basis = nn.Parameter(start.clone())
-        self.train(dense.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``[B, N, C]`` to ``[B, N, C]``."""

@@ -13,8 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..adapters.scored import dense_attention
-from ..adapters.vit import gated_projection, project_vit
-from ..attention import move_state
+from ..adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..blocks import ReducingBlock, check_reducible
 from ..tokens import take_tokens
 
@@ -32,19 +31,11 @@ class TokenSizes:
         self.by_length = {}
 
 
-class MergingAttention(Attention):
+class MergingAttention(DenseVitAttention):
     """Attention in which a token counts as often as the patches it stands for; also returns the mean key.
 
     Proportional attention adds the log of a token's size to its logits (section 3, "tracking token size").
-
-    Args:
-        dense: the layer to take over. It must not be used afterwards: its weights are shared.
     """
-
-    def __init__(self, dense: Attention) -> None:
-        nn.Module.__init__(self)
-        move_state(dense, self)
-        self.train(dense.training)
 
     def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """``[B, N, C]`` and sizes ``[B, N]`` (None: all 1) to the output ``[B, N, C]`` and keys ``[B, N, D]``."""

@@ -82,7 +82,7 @@ def benchmark(
                     found.append(
                         measure_model(
                             built,
-                            base.replace(keep_rate=rate),
+                            {"sparse": base.replace(keep_rate=rate)},
                             size,
                             title=model,
                             batch=batch,
