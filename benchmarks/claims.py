@@ -1,0 +1,118 @@
+"""The claims of Wei et al. (CVPR 2023) against a sweep: confirmed, refuted or undecided, each with its interval.
+
+    python benchmarks/claims.py benchmarks/results/cifar10
+
+The folder is one of ``sparsifiner pareto``. Prints Markdown. Nothing is interpolated: two methods are compared where
+both were measured, image by image, and at equal cost means that the other method spends at least as many multiply-adds
+on attention (the cheapest such row of the same stage).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparsifiner.evaluation import Row
+from sparsifiner.evaluation.cell import STAGES
+from sparsifiner.evaluation.results import load_rows
+
+OURS = ("paper", "sparsifiner")
+FIXED = ("local", "strided", "random", "local-no-tail", "strided-no-tail", "random-no-tail", "linformer")
+COMBINED = ("paper-evit", "sparsifiner-evit")
+ALLOWED = 0.4  # points of top-1
+SAVED = (0.48, 0.69)  # share of the multiply-adds of attention
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    rows = list(load_rows(parser.parse_args().folder).values())
+    dense = next((row for row in rows if row.cell.method == "dense"), None)
+    if dense is None:
+        raise SystemExit("the sweep holds no dense row")
+    print("\n".join([*small_drop(rows, dense), "", *better_than_fixed(rows), "", *combined(rows, dense)]))
+
+
+def small_drop(rows: Iterable[Row], dense: Row) -> list[str]:
+    """Rows that save about as much as the paper says, or more."""
+    lines = [
+        f"**Drop within {ALLOWED} points where {SAVED[0]:.0%} to {SAVED[1]:.0%} of MHSA is saved.**",
+        "",
+        "| method | stage | keep | saved | images | drop, points | claim |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _ordered(row for row in rows if row.cell.method in OURS):
+        saved = 1 - row.mhsa_macs / dense.mhsa_macs
+        if not SAVED[0] <= saved:
+            continue
+        drop, (low, high) = row.drop_from(dense)
+        verdict = _verdict(100 * high <= ALLOWED, 100 * low > ALLOWED)
+        beyond = "" if saved <= SAVED[1] else " (saves more than the claim)"
+        lines.append(
+            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {saved:.1%} | {row.images} "
+            f"| {_points(drop, low, high)} | {verdict}{beyond} |"
+        )
+    return lines
+
+
+def better_than_fixed(rows: Iterable[Row]) -> list[str]:
+    """Each of our rows against every fixed pattern and Linformer."""
+    rows = list(rows)
+    lines = [
+        "**Better than fixed patterns and Linformer at equal cost.** Gain of the first over the second, same stage.",
+        "",
+        "| method | stage | keep | MMACs | against | keep | MMACs | gain, points | claim |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in _ordered(row for row in rows if row.cell.method in OURS):
+        for name in FIXED:
+            found = [
+                other
+                for other in rows
+                if other.cell.method == name and other.cell.stage == row.cell.stage and other.mhsa_macs >= row.mhsa_macs
+            ]
+            if not found:
+                continue
+            other = min(found, key=lambda item: item.mhsa_macs)
+            gain, (low, high) = other.drop_from(row)
+            lines.append(
+                f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {row.mhsa_macs / 1e6:.1f} | {name} "
+                f"| {other.cell.keep_rate:g} | {other.mhsa_macs / 1e6:.1f} | {_points(gain, low, high)} "
+                f"| {_verdict(low > 0, high < 0)} |"
+            )
+    return lines
+
+
+def combined(rows: Iterable[Row], dense: Row) -> list[str]:
+    """Attention and token sparsity together."""
+    lines = [
+        "**Attention and token sparsity together save over 60 %.**",
+        "",
+        "| method | stage | keep | saved | drop, points | claim |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in _ordered(row for row in rows if row.cell.method in COMBINED):
+        saved = 1 - row.mhsa_macs / dense.mhsa_macs
+        drop, (low, high) = row.drop_from(dense)
+        lines.append(
+            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {saved:.1%} "
+            f"| {_points(drop, low, high)} | {_verdict(saved > 0.6, saved <= 0.6)} |"
+        )
+    return lines
+
+
+def _ordered(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row.cell.method, STAGES.index(row.cell.stage), -row.cell.keep_rate))
+
+
+def _points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _verdict(confirmed: bool, refuted: bool) -> str:
+    return "confirmed" if confirmed else "refuted" if refuted else "undecided"
+
+
+if __name__ == "__main__":
+    main()
