@@ -294,3 +294,13 @@ def test_a_grid_smaller_than_a_tile_is_refused_and_nothing_changes(tiny_vit) -> 
     with pytest.raises(ValueError, match="keep_rate has 3 entries but 2 layers are converted"):
         sparsify(tiny_vit(), SparsifinerConfig(dense_below=0), keep_rate=[0.1, 0.1, 0.1])
     assert type(model.blocks[0].attn) is timm.layers.Attention
+
+
+def test_a_sparse_model_exports(tiny_vit, images):
+    """``torch.export``, on which compilation ahead of time and deployment stand."""
+    sparse = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig(keep_rate=0.3, dense_below=0))
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(sparse, (x,))
+        torch.testing.assert_close(program.module()(x), sparse(x))
+    assert any("sparsifiner" in str(node.target) for node in program.graph.nodes)
