@@ -21,7 +21,7 @@ import timm
 import torch
 
 from sparsifiner import SparsifinerConfig, cpu, sparsify
-from sparsifiner.analysis.benchmark import Measured, measure_model, measure_operator
+from sparsifiner.analysis.benchmark import Measured, compile_ahead, measure_model, measure_operator
 from sparsifiner.analysis.latency import interleave_all
 from sparsifiner.analysis.memory import measure_memory
 from sparsifiner.analysis.report import this_machine
@@ -72,6 +72,8 @@ def openvino_dense(size: int) -> list[Measured]:
         "dense": lambda: dense(x),
         "sparse": lambda: sparse(x),
         "sparse, 4x8 tiles": lambda: wide(x),
+        "sparse, ahead of time": partial(compile_ahead(sparse, x), x),
+        "sparse, 4x8 tiles, ahead of time": partial(compile_ahead(wide, x), x),
     }
     with torch.inference_mode():
         seconds = interleave_all(work, repeats=5, warmup=1)
