@@ -137,6 +137,7 @@ def test_an_interrupted_sweep_goes_on(sweep, tmp_path, monkeypatch):
         run_sweep(sweep(batch_size=1), tmp_path / "cut")
     kept = load_rows(tmp_path / "cut")
     assert 24 < sum(len(row.hits) for row in kept.values()) < 40
+    assert all(row.mhsa_macs for row in kept.values())
     assert [row.hits for row in run_sweep(sweep(batch_size=1), tmp_path / "cut")] == expected
 
 

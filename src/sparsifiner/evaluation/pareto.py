@@ -240,9 +240,14 @@ class _Run:
         return config, "; ".join(note)
 
     def _measure(self, model: nn.Module, row: Row) -> None:
-        """Classify the images that are missing, then count and time."""
-        sweep, first = self.sweep, len(row.hits)
-        wanted = self.order[first:]
+        """Count, classify the images that are missing, and time."""
+        sweep = self.sweep
+        x = torch.randn(sweep.batch_size, 3, *self.size, generator=torch.Generator().manual_seed(0))
+        x = x.to(sweep.device, sweep.dtype)
+        if not row.total_macs:
+            flops = count_flops(model, x[:1])
+            row.mhsa_macs, row.mhsa_full_macs, row.total_macs = flops.mhsa_macs, flops.mhsa_full_macs, flops.total_macs
+        wanted = self.order[len(row.hits) :]
         batches = [wanted[at : at + sweep.batch_size] for at in range(0, len(wanted), sweep.batch_size)]
         places = [[(0, number) for number in batch] for batch in batches]
         loader = DataLoader(
@@ -258,11 +263,6 @@ class _Run:
                 self._keep(row)
         if not row.images:
             raise ValueError(f"none of the {len(row.hits)} images can be read")
-        x = torch.randn(sweep.batch_size, 3, *self.size, generator=torch.Generator().manual_seed(0))
-        x = x.to(sweep.device, sweep.dtype)
-        if not row.total_macs:
-            flops = count_flops(model, x[:1])
-            row.mhsa_macs, row.mhsa_full_macs, row.total_macs = flops.mhsa_macs, flops.mhsa_full_macs, flops.total_macs
         if row.ms is None and sweep.repeats:
             self.tell(f"{row.cell.name}: speed", 0, 1)
             self._time(model, row, x)
