@@ -16,6 +16,8 @@ AXES: dict[str, tuple[str, Callable[[Row], float | None]]] = {
     "pareto-ms.png": ("milliseconds per image", lambda row: row.ms),
 }
 """File of each figure, label of its x axis, and the value there."""
+POINTS_BELOW = 15
+"""How far below the dense model the y axis reaches; rows below it are in the table only."""
 
 
 def draw_pareto(rows: Iterable[Row], folder: Path) -> list[Path]:
@@ -50,7 +52,8 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
             low, high = dense.interval
             panel.axhspan(100 * low, 100 * high, color="0.9", zorder=0)
             panel.plot(value(dense), 100 * dense.top1, "k*", markersize=11, label="dense")
-        for number, method in enumerate(methods):
+        for method in methods:
+            number = list(METHODS).index(method)  # so that a method looks the same in every figure
             found = [row for row in rows if row.cell.method == method and row.cell.stage == stage]
             found.sort(key=lambda row: row.cell.keep_rate)
             if found:
@@ -58,6 +61,10 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
         panel.set(xlabel=label, title=stage)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("top-1, %")
+    floor = 0.0 if dense is None else 100 * dense.top1 - POINTS_BELOW
+    if any(100 * row.interval[0] < floor for row in rows):
+        panels[0].set_ylim(floor, min(100.5, panels[0].get_ylim()[1]))
+        panels[0].set_ylabel(f"top-1, % (what is below {floor:.1f} is not shown)")
     names: dict[str, Any] = {}
     for panel in panels:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -75,5 +82,6 @@ def _line(panel: Any, rows: Sequence[Row], value: Callable[[Row], Any], number: 
     above = [100 * (row.interval[1] - row.top1) for row in rows]
     panel.errorbar(
         [value(row) for row in rows], top1, yerr=[below, above], marker="os^vDPX"[number % 7], markersize=4,
-        linewidth=1.2, elinewidth=0.8, capsize=2, color=f"C{number % 10}", label=rows[0].cell.method,
+        linewidth=1.2, elinewidth=0.8, capsize=2, color=f"C{number % 10}",
+        linestyle="-" if number < 10 else "--", label=rows[0].cell.method,
     )  # fmt: skip
