@@ -188,11 +188,12 @@ def test_a_broken_image_is_replaced_in_training_and_left_out_in_validation(folde
     data = samples(folder_of_images, transform=transform)
     got = data[(0, 4)]
     assert torch.equal(got[0], data[(0, 6)][0])
-    assert got[2] == {"class0/4.png": "broken file", "class0/5.png": "broken file"}
+    assert got[3] == {"class0/4.png": "broken file", "class0/5.png": "broken file"}
     assert torch.equal(data[(0, 23)][0], data[(0, 0)][0])  # from the end it goes on at the start
     assert data[(0, 23)][1] == 0
     batches = list(validation_loader(samples(folder_of_images, replace=False, transform=transform), 5, 0))
     assert sum(len(batch.images) for batch in batches) == 21
+    assert torch.cat([batch.numbers for batch in batches]).tolist() == [n for n in range(24) if n not in (4, 5, 23)]
     assert {name for batch in batches for name in batch.broken} == {"class0/4.png", "class0/5.png", "class2/7.png"}
     assert len(collate([(None, -1, 0, {"x": "y"})]).images) == 0
 
