@@ -21,10 +21,11 @@ from sparsifiner import SparsifinerConfig, densify, kept_patches, prune_tokens, 
 from sparsifiner.adapters.scored import class_scores
 from sparsifiner.analysis.fidelity import measure_fidelity
 from sparsifiner.analysis.maps import attention_maps
+from sparsifiner.baselines import merge_tokens
 from sparsifiner.grid import PatchGrid
 from sparsifiner.models import from_reference
 from sparsifiner.subset import SubsetTiling, z_order
-from sparsifiner.tokens import PruningBlock
+from sparsifiner.tokens import PruningBlock, is_pruned
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.3, n_down=6)
 TILES = SparsifinerConfig(keep_rate=0.2, dense_below=0)
@@ -275,6 +276,18 @@ def test_pruning_can_be_undone_in_either_order(tiny_vit, images, config):
     bare = unprune_tokens(pruned) if config is None else densify(unprune_tokens(pruned))
     assert not bare.patch_embed._forward_hooks
     assert [type(module) for module in bare.modules()] == [type(module) for module in model.modules()]
+
+
+def test_only_pruned_models_are_pruned(tiny_vit):
+    dense = tiny_vit()
+    pruned = prune_tokens(dense, keep_rate=0.6, layers=(0,))
+    for model in (pruned, sparsify(pruned, TILES), densify(sparsify(pruned, TILES)), copy.deepcopy(pruned)):
+        assert is_pruned(model)
+        assert sparsifiner.token_pruning(model) == sparsifiner.token_pruning(pruned)
+    for model in (dense, sparsify(dense, TILES), unprune_tokens(pruned), merge_tokens(dense, 1)):
+        assert not is_pruned(model)
+        with pytest.raises(ValueError, match="not the result of prune_tokens"):
+            sparsifiner.token_pruning(model)
 
 
 @pytest.mark.parametrize("config", [None, PAPER, TILES])

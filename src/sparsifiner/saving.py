@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from .attention import SparseAttention
 from .baselines import apply_baseline, baseline_parameters, baseline_settings
 from .config import SparsifinerConfig
-from .convert import sparse_layers, sparsify
+from .convert import is_sparse, sparse_layers, sparsify
 from .files import replacing, write_atomically
 from .messages import one_line
 from .predictors import LowRankPredictor
-from .tokens import TokenPruning, prune_tokens, token_pruning
+from .tokens import TokenPruning, is_pruned, prune_tokens, token_pruning
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -46,9 +46,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         ValueError: if the model is not converted, not a timm model, or ``model_args`` do not rebuild it.
         OSError: if the folder cannot be written.
     """
-    layers = _sparse_layers(model)
-    pruning, baseline = _token_pruning(model), baseline_settings(model)
-    if not is_converted(model):
+    layers, pruning, baseline = converted = _conversions(model)
+    if not any(converted):
         raise ValueError(f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first")
     architecture = _architecture(model)
     arguments = _model_args(model) if model_args is None else dict(model_args)
@@ -81,7 +80,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
 
 def is_converted(model: nn.Module) -> bool:
     """Whether ``model`` is sparse, pruned, or converted by a baseline, so that :func:`save_pretrained` takes it."""
-    return bool(_sparse_layers(model)) or _token_pruning(model) is not None or baseline_settings(model) is not None
+    return any(_conversions(model))
 
 
 def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = None) -> nn.Module:
@@ -192,23 +191,22 @@ def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, An
 
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without what conversion has added: predictors, and a baseline's projections."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, SparseAttention)]
-    own = tuple(f"{name}.predictor.".lstrip(".") for name in layers)
+    own = tuple(f"{name}.predictor.".lstrip(".") for name in _sparse_layers(model))
     added = baseline_parameters(model)
     return {
         name: tensor for name, tensor in model.state_dict().items() if name not in added and not name.startswith(own)
     }
 
 
-def _sparse_layers(model: nn.Module) -> list[SparseAttention]:
-    return [module for module in model.modules() if isinstance(module, SparseAttention)]
+def _conversions(model: nn.Module) -> tuple[list[SparseAttention], TokenPruning | None, dict[str, Any] | None]:
+    """What was done to a dense model: its sparse layers, the settings of pruning, and those of a baseline."""
+    pruning = token_pruning(model) if is_pruned(model) else None
+    return list(_sparse_layers(model).values()), pruning, baseline_settings(model)
 
 
-def _token_pruning(model: nn.Module) -> TokenPruning | None:
-    try:
-        return token_pruning(model)
-    except ValueError:
-        return None
+def _sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
+    """:func:`sparse_layers`, but none for a model that is not sparse."""
+    return sparse_layers(model) if is_sparse(model) else {}
 
 
 def _basis_grid(layer: SparseAttention) -> list[int] | None:

@@ -189,16 +189,21 @@ def unprune_tokens(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
+def is_pruned(model: nn.Module) -> bool:
+    """Whether ``model`` is the result of :func:`prune_tokens`."""
+    return hasattr(model, "_sparsifiner_tokens")
+
+
 def token_pruning(model: nn.Module) -> TokenPruning:
     """The settings ``model`` was pruned with.
 
     Raises:
         ValueError: if it is not the result of :func:`prune_tokens`.
     """
-    settings = getattr(model, "_sparsifiner_tokens", None)
-    if settings is None:
+    if not is_pruned(model):
         raise ValueError(f"{type(model).__name__} is not the result of prune_tokens()")
-    return settings
+    vit: Any = model
+    return vit._sparsifiner_tokens
 
 
 def kept_patches(model: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..blocks import reduces_tokens
 from ..grid import find_grid
-from ..tokens import PruningBlock, kept_patches, take_tokens
+from ..tokens import is_pruned, kept_patches, take_tokens
 
 
 def refuse_reducing_teacher(teacher: nn.Module, loss: str) -> None:
@@ -44,7 +44,7 @@ def same_patches(student: nn.Module, tokens: Tensor, taught: Tensor) -> tuple[Te
     Raises:
         ValueError: if the student merges patches, or the patch grids differ.
     """
-    if any(isinstance(module, PruningBlock) for module in student.modules()):
+    if is_pruned(student):
         grid = find_grid(student)
         assert grid is not None
         if grid.num_patches != taught.shape[1]:

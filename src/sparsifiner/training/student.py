@@ -18,7 +18,7 @@ from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..methods import convert_with
 from ..models import load_model
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
-from ..tokens import PruningBlock, unprune_tokens
+from ..tokens import is_pruned, unprune_tokens
 from .recipe import TEACHER_LOSSES, PhaseConfig, TrainConfig
 
 
@@ -74,7 +74,7 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
             f"dense first and name its folder as model, name another teacher, or leave out kl, aux_mse and token_label"
         )
     dense = densify(base) if is_sparse(base) else copy.deepcopy(base)
-    return unprune_tokens(dense) if any(isinstance(m, PruningBlock) for m in dense.modules()) else dense
+    return unprune_tokens(dense) if is_pruned(dense) else dense
 
 
 def _trained_classes(config: TrainConfig, base: Any) -> int | None:
