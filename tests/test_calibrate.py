@@ -28,6 +28,7 @@ from sparsifiner.cli import main
 from sparsifiner.models import load_model
 from sparsifiner.predictors import LowRankPredictor
 from sparsifiner.tiling import Tiling
+from sparsifiner.tokens import prune_tokens
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
 TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)
@@ -258,6 +259,22 @@ def test_attention_biases_take_part() -> None:
     sparse = sparsify(dense, SparsifinerConfig(keep_rate=0.2, query_tile=(2, 2), tail=(2, 2)))
     result = calibrate(sparse, torch.randn(1, 3, 64, 64), progress=quietly)
     assert all(layer.error <= layer.error_before * 1.001 for layer in result.layers)
+
+
+@pytest.mark.parametrize("config", [POOLED, PAPER])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_pruned_models_are_calibrated(config: SparsifinerConfig, fuse: bool) -> None:
+    pruned = prune_tokens(tiny(depth=4), keep_rate=0.7, layers=(1, 3), fuse=fuse)
+    sparse = sparsify(pruned, config.replace(keep_rate=1.0))
+    result = calibrate(sparse, batch(2), steps=2, progress=quietly)
+    # With all keys kept, both passes prune the same patches, and attention is the same.
+    assert result.before.mean("patch_l2") == pytest.approx(0, abs=1e-5)
+    assert result.after.mean("patch_cosine") == pytest.approx(1, abs=1e-5)
+    result = calibrate(sparsify(pruned, config), batch(2), steps=2, progress=quietly)
+    assert 0 < result.after.mean("patch_l2") < 2
+    assert result.after.mean("patch_cosine") > 0.3
+    with pytest.raises(ValueError, match="keep rates per layer compare patch by patch, but VisionTransformer prunes"):
+        calibrate(sparse, batch(1), keep_rates="per_layer", progress=quietly)
 
 
 def test_unusable_requests_are_refused_in_one_line(tmp_path: Path) -> None:

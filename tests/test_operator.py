@@ -6,6 +6,9 @@ import dataclasses
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner import Connectivity, Tail, Tiling, sparse_attention
 from sparsifiner.connectivity import pool_tail
-from sparsifiner.ops import BACKENDS, why_not
+from sparsifiner.ops import BACKENDS, chunks, why_not
 
 FAST = [name for name in BACKENDS if name != "reference"]
 
@@ -158,10 +161,19 @@ def test_bfloat16_is_as_good_as_torch_sdpa(backend: str) -> None:
     assert ours <= 2 * (sdpa.double() - exact).abs().max()
 
 
+@contextmanager
+def chunked(way: str, chunk_bytes: int) -> Iterator[None]:
+    """Make the gather backend copy keys or mask them, in chunks of another size."""
+    cost = {"copies": 0, "masks": 10**9}[way]
+    with patch.object(chunks, "COPY_COST", cost), patch.object(chunks, "CHUNK_BYTES", chunk_bytes):
+        yield
+
+
+@pytest.mark.parametrize("way", ["copies", "masks"])
 @settings(max_examples=25, deadline=None)
-@given(problem=problems)
-def test_gather_gradients_match_the_reference(problem: Problem) -> None:
-    def gradients(backend: str) -> list[Tensor]:
+@given(problem=problems, chunk_bytes=st.sampled_from([2**10, 2**14, 2**23]))
+def test_gather_and_its_gradients_match_the_reference(way: str, problem: Problem, chunk_bytes: int) -> None:
+    def result_and_gradients(backend: str) -> list[Tensor]:
         leaves = [problem.q, problem.k, problem.v]
         if problem.tail is not None:
             leaves += [problem.tail.k, problem.tail.v]
@@ -174,21 +186,50 @@ def test_gather_gradients_match_the_reference(problem: Problem) -> None:
             backend, q=leaves[0], k=leaves[1], v=leaves[2], tail=tail, attn_bias=rest[0] if rest else None
         )
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-        return list(torch.autograd.grad((out * weight).sum(), leaves))
+        return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
-    for got, want in zip(gradients("gather"), gradients("reference"), strict=True):
+    with chunked(way, chunk_bytes):
+        found = result_and_gradients("gather")
+    for got, want in zip(found, result_and_gradients("reference"), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_gather_gradient_of_the_entry_bias() -> None:
-    problem = make(block=None)
-    bias = torch.randn(problem.connectivity.indices.shape, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("way", ["copies", "masks"])
+@pytest.mark.parametrize("block", [None, (4, 4)])
+def test_gather_gradient_of_the_biases(way: str, block: tuple[int, int] | None) -> None:
+    """Of the kept entries, where padding must get none, and of the tail."""
+    problem = make(padding=True, block=block)
+    connectivity, tail = problem.connectivity, problem.tail
+    assert connectivity.bias is not None
+    # Padding entries as the predictors write them: they repeat a key that is kept.
+    repeated = torch.where(connectivity.bias == float("-inf"), connectivity.indices[..., :1], connectivity.indices)
+    repeated[..., 0] = connectivity.indices[..., 0]
+    entry_bias = connectivity.bias.double() + torch.randn(connectivity.bias.shape, dtype=torch.float64)
+    entry_bias[..., 0] = 0.5
 
-    def gradient(backend: str) -> Tensor:
-        connectivity = dataclasses.replace(problem.connectivity, bias=bias)
-        return torch.autograd.grad(problem.run(backend, connectivity=connectivity).square().sum(), bias)[0]
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        bias = entry_bias.clone().requires_grad_()
+        leaves = [bias]
+        changes: dict[str, object] = {"connectivity": dataclasses.replace(connectivity, indices=repeated, bias=bias)}
+        if tail is not None:
+            leaves.append(tail.bias.double().requires_grad_())
+            changes["tail"] = dataclasses.replace(tail, bias=leaves[1])
+        return torch.autograd.grad(problem.run(backend, **changes).square().sum(), leaves)
 
-    torch.testing.assert_close(gradient("gather"), gradient("reference"))
+    with chunked(way, 2**12):
+        found = gradients("gather")
+    for got, want in zip(found, gradients("reference"), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_gather_masks_single_queries_and_copies_for_tiles() -> None:
+    """What pays, by the sizes: the paper's per-token masks and 4x4 tiles, at 1,024 tokens and a keep rate of 0.1."""
+    for tile, block, masked in (((1, 1), None, True), ((4, 4), (4, 4), False)):
+        p = make(grid=(32, 32), tile=tile, block=block, prefix=0, keys=102, batch=1, heads=1)
+        pooled = (None, None, None) if p.tail is None else (p.tail.k, p.tail.v, p.tail.bias)
+        tokens, indices = p.connectivity.tiling.tokens(p.q.device), p.connectivity.indices
+        inputs = chunks.Inputs(p.q, p.k, p.v, tokens, indices, None, *pooled, None)
+        assert chunks.masking_pays(inputs) == masked
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

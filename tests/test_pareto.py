@@ -98,6 +98,11 @@ def test_all_methods_train_and_are_read_back(sweep, tmp_path):
         assert any("blocks" in name for name in weights)
         has_predictor = row.cell.learns_predictor
         assert ("no predictor" in row.note) != has_predictor
+        assert ("starts from its calibrated predictor" in row.note) == has_predictor
+        started = json.loads((tmp_path / "cells" / row.cell.name / "result.json").read_text())["recipe"]
+        calibrated = tmp_path / "cells" / f"{row.cell.method}-0.5-calibrated" / "model"
+        assert (started["model"] == str(calibrated)) == has_predictor
+        assert calibrated.is_dir() == has_predictor
         assert any("predictor" in name for name in weights) == has_predictor
     (tmp_path / "pareto.json").unlink()
     assert [row.hits for row in run_sweep(everything, tmp_path)] == [row.hits for row in rows]

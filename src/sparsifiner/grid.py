@@ -36,6 +36,10 @@ class PatchGrid:
     def num_patches(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    def follow(self, other: PatchGrid) -> None:
+        """Take over what another grid saw in its latest forward pass, to attend to that pass's tokens."""
+        self.shape, self.kept = other.shape, dict(other.kept)
+
     def tiling(self, tile: tuple[int, int], num_tokens: int) -> Tiling:
         """The query tiles of a sequence of ``num_tokens`` tokens, of the patches that it still holds."""
         positions = self.kept.get(num_tokens)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ..analysis.fidelity import compare_features, final_features
 from ..attention import SparseAttention
+from ..blocks import refuse_reduced
 from ..convert import sparse_layers
 from ..predictors import LowRankPredictor
 from ..progress import Progress, progress_on
 from . import budget, spectral
 from .images import Images, load_images
-from .observation import Replay, visit_densely
+from .observation import Replay, last_kept, same_patches, visit_densely
 from .reconstruction import reconstruction_loss
 from .report import Calibration, summarise
 from .state import Optimizer, State, fingerprint
@@ -92,6 +93,8 @@ def calibrate(
         raise ValueError(f"learning_rate must be above 0, got {learning_rate!r}")
     layers = sparse_layers(model)
     _check_something_to_fit(layers, keep_rates)
+    if keep_rates == "per_layer":
+        refuse_reduced(model, "keep rates per layer")
     fit_images = load_images(model, images, max_images, img_size)
     val_images = fit_images if validation is None else load_images(model, validation, max_images, img_size)
     settings = {
@@ -288,15 +291,16 @@ class _Run:
 
             def visit(name: str, layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
                 dense = vars(layer).pop("attend")  # this layer as it is, for a moment
-                before_layers[name].grid.shape = layer.grid.shape
+                before_layers[name].grid.follow(layer.grid)
                 errors.append(output_errors([before_layers[name], layer], q, k, v, bias))
                 layer.attend = dense  # type: ignore[method-assign]
 
-            dense = visit_densely(self.model, x, visit)
+            dense, dense_kept = visit_densely(self.model, x, visit), last_kept(self.model)
             tensors[f"measured.layers.{number}"] = torch.tensor(errors, dtype=torch.float64)
             for which, sparse in (("before", before), ("after", self.model)):
                 with torch.no_grad():
-                    compared = compare_features("", dense, final_features(sparse, x))
+                    got = final_features(sparse, x)
+                compared = compare_features("", *same_patches(dense, dense_kept, got, last_kept(sparse)))
                 values = (compared.patch_l2, compared.patch_cosine, compared.class_l2, compared.class_cosine)
                 tensors[f"measured.{which}.{number}"] = torch.tensor(
                     [float("nan") if value is None else value for value in values], dtype=torch.float64

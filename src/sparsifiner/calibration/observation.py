@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..analysis.fidelity import final_features
 from ..attention import SparseAttention
 from ..convert import sparse_layers
+from ..grid import find_grid
 
 Visit = Callable[[str, SparseAttention, Tensor, Tensor, Tensor, "Tensor | None"], None]
 """Called with a layer's path, the layer, q, k, v ``[B, H, N, D]`` and the bias of its logits or None."""
@@ -61,6 +62,32 @@ def visit_densely(model: nn.Module, x: Tensor, visit: Visit) -> tuple[Tensor, Te
         missed = next(name for name in layers if name not in reached)
         raise ValueError(f"{type(model).__name__} does not run {missed} as plain attention; it cannot be calibrated")
     return features
+
+
+Features = tuple[Tensor, "Tensor | None"]
+"""Patches ``[1, n, C]`` and class token ``[1, C]`` or None, as ``analysis.fidelity.final_features`` has them."""
+
+
+def last_kept(model: Any) -> Tensor | None:
+    """Raster numbers of the patches left at the end of the latest pass of one image, ``[n]``; None if all are."""
+    grid = find_grid(model)
+    return grid.kept[min(grid.kept)][0] if grid is not None and grid.kept else None
+
+
+def same_patches(
+    dense: Features, dense_kept: Tensor | None, sparse: Features, sparse_kept: Tensor | None
+) -> tuple[Features, Features]:
+    """The features of the patches that both passes of a pruned model kept; all of them where nothing is pruned.
+
+    Both come in the same order, that of ``SubsetTiling``, behind a fused token where there is one.
+    """
+    if dense_kept is None or sparse_kept is None:
+        return dense, sparse
+    common = [
+        patches[:, patches.shape[1] - len(kept) :][:, torch.isin(kept, other)]
+        for patches, kept, other in ((dense[0], dense_kept, sparse_kept), (sparse[0], sparse_kept, dense_kept))
+    ]
+    return (common[0], dense[1]), (common[1], sparse[1])
 
 
 def forward_features(model: Any, x: Tensor) -> Tensor:

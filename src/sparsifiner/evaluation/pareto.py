@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Sweep:
         data: labelled images; ``val_split`` is measured on, ``train_split`` calibrates and trains.
         methods: names of :data:`sparsifiner.methods.METHODS`; ``dense`` is always measured.
         keep_rates: of each method.
-        stages: any of :data:`STAGES`. Only sparse attention can be calibrated; all methods can be fine-tuned.
+        stages: any of :data:`STAGES`. Only sparse attention can be calibrated; all methods can be fine-tuned, those
+            with a predictor to learn from where calibration leaves them.
         recipe: of the fine-tuning; its model, data, teacher and sparsity are those of the sweep and the cell. Phases
             that train a predictor are left out for methods without one.
         num_images: validation images to classify, in one random order for all cells; all if None.
@@ -150,7 +152,6 @@ class _Run:
         self.dense: Any = load_model(sweep.model, img_size=data.size)
         if is_converted(self.dense) or not getattr(self.dense, "num_classes", 0):
             raise ValueError(f"{sweep.model} must be a dense model with a classifier; train one first")
-        self.timed_dense = copy.deepcopy(self.dense).to(sweep.device, sweep.dtype)
         embed: Any = self.dense.patch_embed
         self.size: tuple[int, int] = data.size or tuple(embed.img_size)
         source = open_source(data.source, data.path, data.val_split or "", train=False, download=data.download)
@@ -180,30 +181,38 @@ class _Run:
 
     def _fitted(self, cell: Cell, row: Row) -> nn.Module:
         """The model of a cell; what was fitted in an earlier run is read from its folder."""
-        start = time.perf_counter()
         folder = self.folder / "cells" / cell.name
         if cell.stage == "fine-tuned":
-            config, row.note = self._recipe(cell)
+            start_from = self._calibrated(cell, row) if cell.learns_predictor else None
+            config, row.note = self._recipe(cell, start_from)
             name = "ema" if config.ema_decay is not None else "model"
             finished = folder / "result.json"
             if finished.is_file():
                 if json.loads(finished.read_text())["recipe"] != config.to_dict():
                     raise ValueError(f"{folder} was trained by another recipe; name another folder with --output")
             else:
+                start = time.perf_counter()
                 train(config, folder, cpu=self.sweep.device == "cpu", progress=self.tell, say=self.say)
                 row.seconds += time.perf_counter() - start
             model = load_model(str(folder / name))
         elif cell.stage == "calibrated":
-            if not (folder / "model").is_dir():
-                folder.mkdir(parents=True, exist_ok=True)
-                model = convert_with(cell.method, self.dense, cell.keep_rate).to(self.sweep.device)
-                calibrate(model, self._calibration_images(), state=folder / "calibration.state", progress=self.tell)
-                save_model(model.cpu(), folder / "model")
-                row.seconds += time.perf_counter() - start
-            model = load_model(str(folder / "model"))
+            model = load_model(str(self._calibrated(cell, row)))
         else:
             model = convert_with(cell.method, self.dense, cell.keep_rate)
         return model.to(self.sweep.device, self.sweep.dtype).eval()
+
+    def _calibrated(self, cell: Cell, row: Row) -> Path:
+        """Folder of the model of ``cell`` after calibration, which happens once, at the cost of ``row``."""
+        made = dataclasses.replace(cell, stage="calibrated")
+        folder = self.folder / "cells" / made.name
+        if not (folder / "model").is_dir():
+            start = time.perf_counter()
+            folder.mkdir(parents=True, exist_ok=True)
+            model = convert_with(cell.method, self.dense, cell.keep_rate).to(self.sweep.device)
+            calibrate(model, self._calibration_images(), state=folder / "calibration.state", progress=self.tell)
+            save_model(model.cpu(), folder / "model")
+            row.seconds += time.perf_counter() - start
+        return folder / "model"
 
     def _calibration_images(self) -> Tensor:
         """Evenly spaced training images as the validation transform prepares them, ``[B, 3, H, W]``."""
@@ -212,8 +221,11 @@ class _Run:
         samples = self._samples(source)
         return collate([samples[(0, number)] for number in range(len(samples))]).images
 
-    def _recipe(self, cell: Cell) -> tuple[TrainConfig, str]:
-        """The recipe of a cell, and what was left out of it."""
+    def _recipe(self, cell: Cell, start_from: Path | None) -> tuple[TrainConfig, str]:
+        """The recipe of a cell, from a calibrated model or the dense one, and what was different in it.
+
+        The teacher is the same either way: calibration changes predictors and tails only.
+        """
         recipe, note = self.sweep.recipe, []
         assert recipe is not None
         phases = recipe.phases
@@ -229,12 +241,14 @@ class _Run:
             note.append("merged tokens have no counterpart for losses on patches")
         if not phases:
             raise ValueError(f"the recipe has no phase that {cell.method} could be trained by; add cls_distill")
+        if start_from is not None:
+            note.append("starts from its calibrated predictor")
         config = dataclasses.replace(
             recipe,
-            model=self.sweep.model,
+            model=self.sweep.model if start_from is None else str(start_from),
             teacher="same",
             phases=phases,
-            sparsity={"method": cell.method, "keep_rate": cell.keep_rate},
+            sparsity="saved" if start_from else {"method": cell.method, "keep_rate": cell.keep_rate},
             data=dataclasses.replace(self.sweep.data, val_split=None),
         )
         return config, "; ".join(note)
@@ -285,8 +299,13 @@ class _Run:
         for name, reason in batch.broken.items():
             self.say(f"skipped {name}: {reason}")
 
+    @cached_property
+    def dense_to_time(self) -> nn.Module:
+        """The dense model where and as the others are measured."""
+        return copy.deepcopy(self.dense).to(self.sweep.device, self.sweep.dtype)
+
     def _time(self, model: nn.Module, row: Row, x: Tensor) -> None:
-        timings = compare_latency(self.timed_dense, model, x, repeats=self.sweep.repeats, warmup=1)
+        timings = compare_latency(self.dense_to_time, model, x, repeats=self.sweep.repeats, warmup=1)
         row.ms, row.dense_ms = (1e3 * seconds / len(x) for seconds in (timings.sparse_median, timings.dense_median))
 
     def _keep(self, row: Row) -> None:
