@@ -325,7 +325,6 @@ def test_the_command_saves_a_model_that_loads(tmp_path: Path, capsys: pytest.Cap
     for arguments, words in (
         (("--images", tmp_path / "none", "--output", tmp_path / "x"), "does not exist"),
         ((*common, "--keep-rates", "some"), "choose given or per_layer"),
-        ((*common, "--img-size", "112,224"), "one size"),
     ):
         code, out, err = call(*arguments)
         assert code == 2

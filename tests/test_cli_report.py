@@ -177,6 +177,14 @@ def test_a_user_error_is_one_line_and_leaves_nothing_behind(cli, tmp_path, argum
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["calibrate", "pareto", "validate"])
+def test_commands_that_take_one_image_size_refuse_two_in_one_line(cli, tmp_path, command):
+    needed = ["--images", tmp_path] if command == "calibrate" else []
+    code, _, err = cli(command, *needed, "--img-size", "32,64", always_sparse=False)
+    assert code == 2
+    assert err == f"error: --img-size '32,64' names several sizes; {command} takes one\n"
+
+
 def test_an_unknown_command_is_one_line_too(cli):
     code, _, err = cli("repport", output=False)
     assert code == 2

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .report import check_dtype, parse_device, parse_sizes
+from .options import ConfigFile, Device, Dtype, SavedModel
+from .report import check_dtype, output_console, parse_device, parse_one_size
 
 STATE_NAME = "calibration-state.safetensors"
 RESULT_NAME = "calibration.json"
@@ -17,9 +18,7 @@ RESULT_NAME = "calibration.json"
 def calibrate(
     images: Annotated[Path, typer.Option(help="Folder of pictures to fit to; give a few dozen.")],
     output: Annotated[Path, typer.Option(help="Folder for the saved model and calibration.json.")],
-    model: Annotated[
-        str, typer.Option(help="builtin, a timm model name, or a folder of save_pretrained.", metavar="NAME|FOLDER")
-    ] = "builtin",
+    model: SavedModel = "builtin",
     val_images: Annotated[
         Path | None, typer.Option(help="Folder of other pictures to measure the result on; --images by default.")
     ] = None,
@@ -27,15 +26,15 @@ def calibrate(
     keep_rates: Annotated[
         str, typer.Option(help="given, or per_layer: spread the same number of keys by measured error.")
     ] = "given",
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of sparsifier settings.")] = None,
+    config: ConfigFile = None,
     img_size: Annotated[str | None, typer.Option(help="Pixels, such as 518; the model's own size by default.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures to use at most, of each folder.", min=1)] = 64,
     start: Annotated[str, typer.Option(help="lowrank: spectral, or current to go on from its weights.")] = "spectral",
     steps: Annotated[int, typer.Option(help="lowrank: steps of the reconstruction loss.", min=0)] = 200,
     learning_rate: Annotated[float, typer.Option(help="lowrank: relative to the size of the weights.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn at random.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     json: Annotated[
         bool, typer.Option("--json", help="Print the JSON result on stdout and nothing else there.")
     ] = False,
@@ -43,9 +42,7 @@ def calibrate(
     """Fit a sparse model to its own dense attention, without labels; an interrupted run continues when run again."""
     from ..files import check_writable, write_atomically
 
-    sizes = parse_sizes(img_size)
-    if len(sizes) > 1:
-        raise ValueError(f"--img-size {img_size!r}: a model is calibrated at one size; give one")
+    size = parse_one_size(img_size, "calibrate")
     check_dtype(dtype)
     folder = check_writable(output)
 
@@ -60,7 +57,6 @@ def calibrate(
     from ..progress import progress_on
 
     load_photos(images, 1)  # a wrong folder is told before the model is loaded
-    size = sizes[0] if sizes else None
     loaded = load_model(model, img_size=size)
     settings = None if config is None else SparsifinerConfig.from_file(config)
     sparse = _sparse(loaded, settings, keep_rate).to(device=parse_device(device), dtype=getattr(torch, dtype))
@@ -92,9 +88,7 @@ def calibrate(
     if json:
         print(data, end="")
         return
-    stdout = Console()
-    if not stdout.is_terminal:
-        stdout = Console(width=100)
+    stdout = output_console()
     stdout.print(result.table())
     stdout.print(
         f'saved: {folder}; load it with sparsifiner.from_pretrained("{folder}")',

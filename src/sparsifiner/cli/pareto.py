@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .report import check_dtype, parse_device, parse_keep_rates, parse_sizes
+from .options import BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
+from .report import check_dtype, output_console, parse_device, parse_keep_rates, parse_one_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,34 +26,30 @@ def pareto(
     model: Annotated[
         str, typer.Option(help="A dense classifier: a timm name, or a folder of train.", metavar="NAME|FOLDER")
     ] = "builtin",
-    data: Annotated[str | None, typer.Option(help="Folder of the images.", metavar="FOLDER")] = None,
-    source: Annotated[
-        str, typer.Option(help="folder, cifar10-png, torch/<name> or hf/<name>.", metavar="KIND")
-    ] = "folder",
+    data: DataFolder = None,
+    source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split to measure on; '' if the folder is it.")] = "val",
     train_split: Annotated[str, typer.Option(help="Name of the split to calibrate and train on.")] = "train",
     methods: Annotated[str, typer.Option(help="Names, such as sparsifiner,paper,local.")] = "sparsifiner,local",
     keep_rate: Annotated[str, typer.Option(help="Keep rates, such as 0.5,0.25,0.1.")] = "0.5,0.25,0.1,0.05",
     stages: Annotated[str, typer.Option(help="Any of training-free, calibrated, fine-tuned.")] = "training-free",
     recipe: Annotated[Path | None, typer.Option(help="Recipe of the fine-tuning, YAML.")] = None,
-    img_size: Annotated[str | None, typer.Option(help="Pixels, such as 224 or 480x640.")] = None,
+    img_size: ImageSize = None,
     num_images: Annotated[int | None, typer.Option(help="Images to measure on; all by default.", min=1)] = None,
     calibration_images: Annotated[int, typer.Option(help="Training images to calibrate on.", min=1)] = 64,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 4,
+    batch_size: BatchSize = 64,
+    workers: Workers = 4,
     repeats: Annotated[int, typer.Option(help="Speed measurements of each model; 0 for none.", min=0)] = 5,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
-    download: Annotated[bool, typer.Option("--download", help="Let torchvision or Hugging Face download.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    download: Download = False,
     output: Annotated[
         Path, typer.Option(help="Folder for pareto.json, pareto.csv and the figures; a sweep in it goes on.")
     ] = Path("sparsifiner-pareto"),
     json: Annotated[bool, typer.Option("--json", help="Print pareto.json on stdout and nothing else there.")] = False,
 ) -> None:
     """Sweep methods and keep rates: top-1 with 95 % intervals against multiply-adds and milliseconds."""
-    rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
-    if len(sizes) > 1:
-        raise ValueError(f"--img-size {img_size!r} names several sizes; pareto takes one")
+    rates, size = parse_keep_rates(keep_rate), parse_one_size(img_size, "pareto")
     if recipe is None and overrides:
         raise ValueError(f"{overrides[0]!r} changes a recipe, but there is none; name it with --recipe")
     check_dtype(dtype)
@@ -70,8 +67,8 @@ def pareto(
     sweep = Sweep(
         model=model,
         data=DataConfig(
-            source=source, path=data, train_split=train_split, val_split=split, img_size=sizes[0] if sizes else None,
-            workers=workers, download=download,
+            source=source, path=data, train_split=train_split, val_split=split, img_size=size, workers=workers,
+            download=download,
         ),
         methods=_names(methods),
         keep_rates=rates,
@@ -99,9 +96,7 @@ def pareto(
     if json:
         print((output / RESULTS).read_text(), end="")
         return
-    stdout = Console()
-    if not stdout.is_terminal:
-        stdout = Console(width=120)
+    stdout = output_console(width=120)
     print_rows(rows, stdout)
     written = [str(path) for path in (output / RESULTS, output / TABLE, *figures)]
     stdout.print(f"written: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .options import ConfigFile, Device, Dtype, SavedModel
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def report(
-    model: Annotated[
-        str, typer.Option(help="builtin, a timm model name, or a folder of save_pretrained.", metavar="NAME|FOLDER")
-    ] = "builtin",
+    model: SavedModel = "builtin",
     images: Annotated[
         Path | None, typer.Option(help="Folder of pictures; four bundled photographs by default.")
     ] = None,
@@ -24,14 +27,14 @@ def report(
     keep_rate: Annotated[
         str | None, typer.Option(help="Shares of keys to keep, such as 0.05,0.1; 0.1 by default.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of sparsifier settings.")] = None,
+    config: ConfigFile = None,
     output: Annotated[Path, typer.Option(help="Folder for report.html, report.json and the pictures.")] = Path(
         "sparsifiner-report"
     ),
     num_images: Annotated[int, typer.Option(help="Pictures to use at most.", min=1)] = 8,
     num_pictures: Annotated[int, typer.Option(help="How many of them to draw attention for.", min=0)] = 4,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     repeats: Annotated[int, typer.Option(help="Interleaved latency runs; 0 measures no latency.", min=0)] = 7,
     max_seconds: Annotated[
         float, typer.Option(help="Start no further run of one latency measurement after so many seconds.", min=1)
@@ -82,9 +85,7 @@ def report(
     if json:
         print(result.to_json(), end="")
         return
-    stdout = Console()
-    if not stdout.is_terminal:
-        stdout = Console(width=100)
+    stdout = output_console()
     print_report(result, stdout)
     stdout.print(
         f"\nwritten: {page}, {data} and {len(result.pictures)} pictures", markup=False, highlight=False, soft_wrap=True
@@ -119,6 +120,14 @@ def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(sizes))
 
 
+def parse_one_size(text: str | None, command: str) -> tuple[int, int] | None:
+    """:func:`parse_sizes` for a ``command`` that takes a single size; None for None."""
+    sizes = parse_sizes(text)
+    if len(sizes) > 1:
+        raise ValueError(f"--img-size {text!r} names several sizes; {command} takes one")
+    return sizes[0] if sizes else None
+
+
 def _parts(text: str, option: str, example: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
@@ -144,3 +153,11 @@ def parse_device(name: str):  # type: ignore[no-untyped-def]
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported; choose cpu or cuda")
     return device
+
+
+def output_console(width: int = 100) -> Console:
+    """stdout for tables: as wide as the terminal, and ``width`` columns where it goes to a file or another program."""
+    from rich.console import Console
+
+    stdout = Console()
+    return stdout if stdout.is_terminal else Console(width=width)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .report import check_dtype, parse_device, parse_keep_rates, parse_sizes
+from .options import BatchSize, ConfigFile, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
+from .report import check_dtype, output_console, parse_device, parse_keep_rates, parse_one_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,32 +18,28 @@ if TYPE_CHECKING:
 
 
 def validate(
-    data: Annotated[str | None, typer.Option(help="Folder of the images.", metavar="FOLDER")] = None,
+    data: DataFolder = None,
     model: Annotated[
         str,
         typer.Option(help="A timm model name, or a folder of train or save_pretrained.", metavar="NAME|FOLDER"),
     ] = "builtin",
-    source: Annotated[
-        str, typer.Option(help="folder, cifar10-png, torch/<name> or hf/<name>.", metavar="KIND")
-    ] = "folder",
+    source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split; '' if the folder is it.")] = "val",
-    img_size: Annotated[str | None, typer.Option(help="Pixels, such as 224 or 480x640.")] = None,
+    img_size: ImageSize = None,
     keep_rate: Annotated[str | None, typer.Option(help="Shares of keys to keep, such as 0.05,0.1.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of sparsifier settings.")] = None,
+    config: ConfigFile = None,
     limit: Annotated[int | None, typer.Option(help="Use so many images, evenly spaced.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 4,
+    batch_size: BatchSize = 64,
+    workers: Workers = 4,
     repeats: Annotated[int, typer.Option(help="Speed measurements; 0 for none.", min=0)] = 5,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
-    download: Annotated[bool, typer.Option("--download", help="Let torchvision or Hugging Face download.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    download: Download = False,
     output: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
 ) -> None:
     """Top-1 and top-5 with their 95 % intervals, loss, FLOPs and images per second: dense beside sparse."""
-    rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
-    if len(sizes) > 1:
-        raise ValueError(f"--img-size {img_size!r} names several sizes; validate takes one")
+    rates, size = parse_keep_rates(keep_rate), parse_one_size(img_size, "validate")
     check_dtype(dtype)
 
     import torch
@@ -57,8 +54,8 @@ def validate(
     if output is not None:
         check_writable(output.parent)
     images = DataConfig(
-        source=source, path=data, val_split=split, img_size=sizes[0] if sizes else None, workers=workers,
-        download=download, val_limit=limit,
+        source=source, path=data, val_split=split, img_size=size, workers=workers, download=download,
+        val_limit=limit,
     )  # fmt: skip
     stderr = Console(stderr=True)
     with progress_on(stderr) as progress:
@@ -82,8 +79,7 @@ def validate(
     if json:
         print(text, end="")
     else:
-        stdout = Console()
-        _print(result, stdout if stdout.is_terminal else Console(width=100))
+        _print(result, output_console())
 
 
 def _print(result: Validation, console: Console) -> None:

@@ -1,0 +1,21 @@
+"""Options that several commands take in the same words, as types of their parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SavedModel = Annotated[
+    str, typer.Option(help="builtin, a timm model name, or a folder of save_pretrained.", metavar="NAME|FOLDER")
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="YAML or JSON file of sparsifier settings.")]
+DataFolder = Annotated[str | None, typer.Option(help="Folder of the images.", metavar="FOLDER")]
+DataSource = Annotated[str, typer.Option(help="folder, cifar10-png, torch/<name> or hf/<name>.", metavar="KIND")]
+Download = Annotated[bool, typer.Option("--download", help="Let torchvision or Hugging Face download.")]
+ImageSize = Annotated[str | None, typer.Option(help="Pixels, such as 224 or 480x640.")]
+BatchSize = Annotated[int, typer.Option(help="Images per forward pass.", min=1)]
+Workers = Annotated[int, typer.Option(help="Processes that decode images.", min=0)]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
