@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .report import check_dtype, parse_keep_rates, parse_sizes
+from .arguments import check_dtype, parse_keep_rates, parse_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from .arguments import check_dtype, parse_device, parse_one_size
+from .console import output_console, say
 from .options import ConfigFile, Device, Dtype, SavedModel
-from .report import check_dtype, output_console, parse_device, parse_one_size
 
 STATE_NAME = "calibration-state.safetensors"
 RESULT_NAME = "calibration.json"
@@ -90,12 +91,7 @@ def calibrate(
         return
     stdout = output_console()
     stdout.print(result.table())
-    stdout.print(
-        f'saved: {folder}; load it with sparsifiner.from_pretrained("{folder}")',
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(stdout, f'saved: {folder}; load it with sparsifiner.from_pretrained("{folder}")')
 
 
 def _sparse(model, config, keep_rate):  # type: ignore[no-untyped-def]

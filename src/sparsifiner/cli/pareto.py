@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .arguments import check_dtype, parse_device, parse_keep_rates, parse_one_size
+from .console import output_console, say
 from .options import BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
-from .report import check_dtype, output_console, parse_device, parse_keep_rates, parse_one_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,15 +84,11 @@ def pareto(
         repeats=repeats,
     )  # fmt: skip
     stderr = Console(stderr=True)
-
-    def say(text: str) -> None:
-        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
-
     try:
         with progress_on(stderr) as progress:
-            rows = run_sweep(sweep, output, progress=progress, say=say)
+            rows = run_sweep(sweep, output, progress=progress, say=partial(say, stderr))
     except KeyboardInterrupt:
-        say("the same command goes on from here")
+        say(stderr, "the same command goes on from here")
         raise
     figures = draw_pareto(rows, output)
     if json:
@@ -99,7 +97,7 @@ def pareto(
     stdout = output_console(width=120)
     print_rows(rows, stdout)
     written = [str(path) for path in (output / RESULTS, output / TABLE, *figures)]
-    stdout.print(f"written: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
+    say(stdout, f"written: {', '.join(written)}")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from .arguments import check_dtype, parse_device, parse_keep_rates, parse_sizes
+from .console import output_console, say
 from .options import ConfigFile, Device, Dtype, SavedModel
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def report(
@@ -87,77 +83,4 @@ def report(
         return
     stdout = output_console()
     print_report(result, stdout)
-    stdout.print(
-        f"\nwritten: {page}, {data} and {len(result.pictures)} pictures", markup=False, highlight=False, soft_wrap=True
-    )
-
-
-def parse_keep_rates(text: str | None) -> tuple[float, ...]:
-    """``"0.05,0.1"`` as numbers in (0, 1]; empty for None."""
-    from ..config import check_keep_rate
-
-    if text is None:
-        return ()
-    rates = []
-    for part in _parts(text, "--keep-rate", "0.05,0.1"):
-        try:
-            rates.append(check_keep_rate(float(part)))
-        except ValueError as error:
-            raise ValueError(f"keep rate {part!r} must be a number in (0, 1]; 0.1 keeps a tenth of the keys") from error
-    return tuple(dict.fromkeys(rates))
-
-
-def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
-    """``"518,480x640"`` as rows and columns in pixels; empty for None."""
-    if text is None:
-        return ()
-    sizes = []
-    for part in _parts(text, "--img-size", "518,1036"):
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", part)
-        if match is None or not all(int(side) for side in match.groups(default="1")):
-            raise ValueError(f"image size {part!r} must be pixels such as 518, or rows x columns: 480x640")
-        sizes.append((int(match[1]), int(match[2] or match[1])))
-    return tuple(dict.fromkeys(sizes))
-
-
-def parse_one_size(text: str | None, command: str) -> tuple[int, int] | None:
-    """:func:`parse_sizes` for a ``command`` that takes a single size; None for None."""
-    sizes = parse_sizes(text)
-    if len(sizes) > 1:
-        raise ValueError(f"--img-size {text!r} names several sizes; {command} takes one")
-    return sizes[0] if sizes else None
-
-
-def _parts(text: str, option: str, example: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise ValueError(f"{option} {text!r} has an empty entry; expected a list such as {example}")
-    return parts
-
-
-def check_dtype(name: str) -> None:
-    """Refuse a dtype that no model can be run in."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown; choose {', '.join(DTYPES)}")
-
-
-def parse_device(name: str):  # type: ignore[no-untyped-def]
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown; choose cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda cannot be used: torch sees no CUDA GPU here; choose cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported; choose cpu or cuda")
-    return device
-
-
-def output_console(width: int = 100) -> Console:
-    """stdout for tables: as wide as the terminal, and ``width`` columns where it goes to a file or another program."""
-    from rich.console import Console
-
-    stdout = Console()
-    return stdout if stdout.is_terminal else Console(width=width)
+    say(stdout, f"\nwritten: {page}, {data} and {len(result.pictures)} pictures")

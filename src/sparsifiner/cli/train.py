@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .console import say
 
 
 def train(
@@ -28,29 +31,25 @@ def train(
 
     config = load_recipe(recipe, overrides or [])
     stderr = Console(stderr=True)
-
-    def say(text: str) -> None:
-        stderr.print(text, markup=False, highlight=False, soft_wrap=True)
-
     try:
         with progress_on(stderr) as progress:
-            result = run(config, output, cpu=cpu, progress=progress, say=say)
+            result = run(config, output, cpu=cpu, progress=progress, say=partial(say, stderr))
     except KeyboardInterrupt:
-        say("the same command goes on from the last checkpoint")
+        say(stderr, "the same command goes on from the last checkpoint")
         raise
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return
-    stdout = Console(soft_wrap=True)
+    stdout = Console()
     for name, accuracy in result.accuracy.items():
         shares = accuracy.to_dict()
         low, high = shares["top1_interval"]
-        stdout.print(
+        say(
+            stdout,
             f"{name}: top-1 {shares['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}) on {accuracy.images} images",
-            markup=False, highlight=False,
-        )  # fmt: skip
+        )
     if result.broken:
-        stdout.print(f"{len(result.broken)} broken training images were replaced", highlight=False)
+        say(stdout, f"{len(result.broken)} broken training images were replaced")
     written = [str(folder) for folder in (result.model, result.ema) if folder is not None]
-    stdout.print(f"written: {' and '.join(written)}", markup=False, highlight=False)
+    say(stdout, f"written: {' and '.join(written)}")

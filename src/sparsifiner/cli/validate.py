@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .arguments import check_dtype, parse_device, parse_keep_rates, parse_one_size
+from .console import output_console, say
 from .options import BatchSize, ConfigFile, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
-from .report import check_dtype, output_console, parse_device, parse_keep_rates, parse_one_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,10 +88,7 @@ def _print(result: Validation, console: Console) -> None:
 
     size = "x".join(str(side) for side in result.img_size)
     first = result.rows[0].accuracy
-    console.print(
-        f"{result.model}: {first.images} images at {size} px, {result.dtype}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, f"{result.model}: {first.images} images at {size} px, {result.dtype}")
     table = Table()
     for column in ("", "top-1", "95 % interval", "top-5", "loss", "GMACs", "MHSA MMACs", "images/s"):
         table.add_column(column, justify="left" if not column else "right")
