@@ -5,12 +5,12 @@ from __future__ import annotations
 import json as jsonlib
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .arguments import check_dtype, parse_keep_rates, parse_sizes
+from .options import ConfigFile, Json, KeepRates, MaxTokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 def benchmark(
     model: Annotated[
         str, typer.Option(help="builtin, or a timm model name (random weights; only time is measured).")
-    ] = ("builtin"),
+    ] = "builtin",
     img_size: Annotated[str, typer.Option(help="Pixels of the whole model's images, such as 518,1036.")] = "518,1036",
     tokens: Annotated[str, typer.Option(help="Token counts of the operator, such as 1024,4096.")] = "1024,4096",
-    keep_rate: Annotated[str, typer.Option(help="Shares of keys to keep, such as 0.05,0.1.")] = "0.05,0.1,0.25",
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of sparsifier settings.")] = None,
+    keep_rate: KeepRates = "0.05,0.1,0.25",
+    config: ConfigFile = None,
     batch: Annotated[int, typer.Option(help="Images at once, for the whole model.", min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="Of the whole model: float32, bfloat16, or both.")] = "float32,bfloat16",
     compile: Annotated[bool, typer.Option(help="Measure the whole model under torch.compile, too.")] = False,
@@ -34,8 +34,8 @@ def benchmark(
     max_seconds: Annotated[
         float, typer.Option(help="Start no further round of one measurement after so many seconds.", min=1)
     ] = 30.0,
-    max_tokens: Annotated[int, typer.Option(help="Bound of the search for the size that pays.", min=256)] = 4096,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
+    max_tokens: MaxTokens = 4096,
+    json: Json = False,
 ) -> None:
     """Measure sparse beside dense attention, interleaved in one process: medians, ratios, and where sparse pays."""
     rates, sizes, counts = parse_keep_rates(keep_rate), parse_sizes(img_size), _parse_counts(tokens)

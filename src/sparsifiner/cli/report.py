@@ -9,7 +9,7 @@ import typer
 
 from .arguments import check_dtype, parse_device, parse_keep_rates, parse_sizes
 from .console import output_console, say
-from .options import ConfigFile, Device, Dtype, SavedModel
+from .options import ConfigFile, Device, Dtype, MaxTokens, SavedModel
 
 
 def report(
@@ -35,7 +35,7 @@ def report(
     max_seconds: Annotated[
         float, typer.Option(help="Start no further run of one latency measurement after so many seconds.", min=1)
     ] = 60.0,
-    max_tokens: Annotated[int, typer.Option(help="Bound of the search for the size that pays.", min=256)] = 16384,
+    max_tokens: MaxTokens = 16384,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each model in a process of its own.")] = True,
     json: Annotated[
         bool, typer.Option("--json", help="Print the JSON report on stdout and nothing else there.")

@@ -10,7 +10,19 @@ import typer
 
 from .arguments import check_dtype, parse_device, parse_keep_rates, parse_one_size
 from .console import output_console, say
-from .options import BatchSize, ConfigFile, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
+from .options import (
+    BatchSize,
+    ConfigFile,
+    DataFolder,
+    DataSource,
+    Device,
+    Download,
+    Dtype,
+    ImageSize,
+    Json,
+    KeepRates,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +39,7 @@ def validate(
     source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split; '' if the folder is it.")] = "val",
     img_size: ImageSize = None,
-    keep_rate: Annotated[str | None, typer.Option(help="Shares of keys to keep, such as 0.05,0.1.")] = None,
+    keep_rate: KeepRates = None,
     config: ConfigFile = None,
     limit: Annotated[int | None, typer.Option(help="Use so many images, evenly spaced.", min=1)] = None,
     batch_size: BatchSize = 64,
@@ -37,7 +49,7 @@ def validate(
     device: Device = "cpu",
     download: Download = False,
     output: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
+    json: Json = False,
 ) -> None:
     """Top-1 and top-5 with their 95 % intervals, loss, FLOPs and images per second: dense beside sparse."""
     rates, size = parse_keep_rates(keep_rate), parse_one_size(img_size, "validate")
