@@ -1,4 +1,7 @@
-"""The command line: ``sparsifiner report``, ``benchmark``, ``calibrate``, ``info``, ``train`` and ``validate``."""
+"""The command line: ``sparsifiner`` with its commands, one module each.
+
+``report``, ``benchmark``, ``calibrate``, ``info``, ``pareto``, ``train`` and ``validate``.
+"""
 
 from .main import main
 
