@@ -136,7 +136,6 @@ def test_train_and_validate_from_the_command_line(cli, folder_of_images, tmp_pat
         (["train", "--recipe", "missing.yaml"], "cannot read the recipe missing.yaml"),
         (["validate"], "data.path is not set"),
         (["validate", "--data", "missing"], "does not exist"),
-        (["validate", "--img-size", "32,64"], "several sizes"),
         (["validate", "--keep-rate", "2"], "must be a number in (0, 1]"),
         (["validate", "--data", "DATA", "--model", "vit_tini_patch16_224"], "did you mean"),
         (["validate", "--data", ".", "--source", "floppy"], "data.source 'floppy' is unknown"),
