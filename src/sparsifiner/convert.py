@@ -139,10 +139,15 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
     Raises:
         ValueError: if there is none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
+    layers = find_sparse_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse attention layer; call sparsify(model) first")
     return layers
+
+
+def find_sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
+    """:func:`sparse_layers` for a model that may be dense: empty then."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
 
 
 def is_sparse(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attention import SparseAttention
 from .baselines import apply_baseline, baseline_parameters, baseline_settings
 from .config import SparsifinerConfig
-from .convert import is_sparse, sparse_layers, sparsify
+from .convert import find_sparse_layers, sparse_layers, sparsify
 from .files import replacing, write_atomically
 from .messages import one_line
 from .predictors import LowRankPredictor
@@ -191,7 +191,7 @@ def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, An
 
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without what conversion has added: predictors, and a baseline's projections."""
-    own = tuple(f"{name}.predictor.".lstrip(".") for name in _sparse_layers(model))
+    own = tuple(f"{name}.predictor.".lstrip(".") for name in find_sparse_layers(model))
     added = baseline_parameters(model)
     return {
         name: tensor for name, tensor in model.state_dict().items() if name not in added and not name.startswith(own)
@@ -201,12 +201,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
 def _conversions(model: nn.Module) -> tuple[list[SparseAttention], TokenPruning | None, dict[str, Any] | None]:
     """What was done to a dense model: its sparse layers, the settings of pruning, and those of a baseline."""
     pruning = token_pruning(model) if is_pruned(model) else None
-    return list(_sparse_layers(model).values()), pruning, baseline_settings(model)
-
-
-def _sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
-    """:func:`sparse_layers`, but none for a model that is not sparse."""
-    return sparse_layers(model) if is_sparse(model) else {}
+    return list(find_sparse_layers(model).values()), pruning, baseline_settings(model)
 
 
 def _basis_grid(layer: SparseAttention) -> list[int] | None:

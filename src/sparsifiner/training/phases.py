@@ -9,7 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from ..convert import is_sparse, set_keep_rate, sparse_layers
+from ..convert import find_sparse_layers, set_keep_rate, sparse_layers
 from .recipe import PhaseConfig, TrainConfig
 
 
@@ -26,7 +26,7 @@ def enter_phase(student: nn.Module, phase: PhaseConfig) -> None:
 
 def set_reconstruction(student: nn.Module, on: bool) -> None:
     """Attention of a learning predictor dense (the paper's first phase) or sparse."""
-    for layer in sparse_layers(student).values() if is_sparse(student) else ():
+    for layer in find_sparse_layers(student).values():
         if layer.config.predictor == "lowrank":
             layer.configure(layer.config.replace(attn_recon=on))
 
@@ -78,6 +78,6 @@ def _trainable(student: Any, train: str) -> set[int]:
         if not found:
             raise ValueError(f"train is head, but {type(student).__name__} has none; set num_classes")
         return found
-    layers = sparse_layers(student).values() if is_sparse(student) else []
+    layers = find_sparse_layers(student).values()
     predictors = {id(parameter) for layer in layers for parameter in layer.predictor.parameters()}
     return predictors if train == "predictor" else everything - predictors

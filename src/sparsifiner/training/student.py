@@ -14,7 +14,7 @@ from typing import Any
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
-from ..convert import densify, is_sparse, sparse_layers, sparsify
+from ..convert import densify, find_sparse_layers, is_sparse, sparse_layers, sparsify
 from ..methods import convert_with
 from ..models import load_model
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
@@ -99,7 +99,7 @@ def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
 def always_sparse(model: nn.Module) -> Iterator[None]:
     """Sparse attention at every size while the block runs, for numbers about sparsity: by itself a model in
     evaluation mode attends densely where that is faster. Dense models stay dense."""
-    layers = list(sparse_layers(model).values()) if is_sparse(model) else []
+    layers = list(find_sparse_layers(model).values())
     configs = [layer.config for layer in layers]
     try:
         for layer in layers:
