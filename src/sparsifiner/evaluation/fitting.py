@@ -1,0 +1,127 @@
+"""The model of each cell of a sweep: converted, calibrated, or trained by the sweep's recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..calibration import calibrate
+from ..methods import convert_with
+from ..models import load_model
+from ..progress import Progress
+from ..training.data import Samples, collate
+from ..training.engine import train
+from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig
+from ..training.sources import ImageSource, open_source
+from ..training.student import save_model
+from .cell import Cell, Row
+from .sweep import Sweep
+
+
+class CellModels:
+    """Makes the models of a sweep. What is fitted is kept in a folder per cell and made once.
+
+    Args:
+        sweep: what is compared.
+        folder: of the sweep.
+        dense: the model it starts from.
+        samples: prepares the images of a source as they are validated.
+        tell: told of progress.
+        say: told lines of text.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        folder: Path,
+        dense: nn.Module,
+        samples: Callable[[ImageSource], Samples],
+        tell: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        self.sweep, self.folder, self.dense, self.samples = sweep, folder, dense, samples
+        self.tell, self.say = tell, say
+
+    def of(self, row: Row) -> nn.Module:
+        """The model of a cell, ready to be measured; what was fitted in an earlier run is read from its folder.
+
+        Args:
+            row: of the cell; gets the seconds that fitting took and a note of what was different in it.
+        """
+        cell = row.cell
+        folder = self.folder / "cells" / cell.name
+        if cell.stage == "fine-tuned":
+            start_from = self._calibrated(cell, row) if cell.learns_predictor else None
+            config, row.note = self._recipe(cell, start_from)
+            name = "ema" if config.ema_decay is not None else "model"
+            finished = folder / "result.json"
+            if finished.is_file():
+                if json.loads(finished.read_text())["recipe"] != config.to_dict():
+                    raise ValueError(f"{folder} was trained by another recipe; name another folder with --output")
+            else:
+                start = time.perf_counter()
+                train(config, folder, cpu=self.sweep.device == "cpu", progress=self.tell, say=self.say)
+                row.seconds += time.perf_counter() - start
+            model = load_model(str(folder / name))
+        elif cell.stage == "calibrated":
+            model = load_model(str(self._calibrated(cell, row)))
+        else:
+            model = convert_with(cell.method, self.dense, cell.keep_rate)
+        return model.to(self.sweep.device, self.sweep.dtype).eval()
+
+    def _calibrated(self, cell: Cell, row: Row) -> Path:
+        """Folder of the model of ``cell`` after calibration, which happens once, at the cost of ``row``."""
+        made = dataclasses.replace(cell, stage="calibrated")
+        folder = self.folder / "cells" / made.name
+        if not (folder / "model").is_dir():
+            start = time.perf_counter()
+            folder.mkdir(parents=True, exist_ok=True)
+            model = convert_with(cell.method, self.dense, cell.keep_rate).to(self.sweep.device)
+            calibrate(model, self._calibration_images(), state=folder / "calibration.state", progress=self.tell)
+            save_model(model.cpu(), folder / "model")
+            row.seconds += time.perf_counter() - start
+        return folder / "model"
+
+    def _calibration_images(self) -> Tensor:
+        """Evenly spaced training images as the validation transform prepares them, ``[B, 3, H, W]``."""
+        data, count = self.sweep.data, self.sweep.calibration_images
+        source = open_source(data.source, data.path, data.train_split, train=True, download=data.download, limit=count)
+        samples = self.samples(source)
+        return collate([samples[(0, number)] for number in range(len(samples))]).images
+
+    def _recipe(self, cell: Cell, start_from: Path | None) -> tuple[TrainConfig, str]:
+        """The recipe of a cell, from a calibrated model or the dense one, and what was different in it.
+
+        The teacher is the same either way: calibration changes predictors and tails only.
+        """
+        recipe, note = self.sweep.recipe, []
+        assert recipe is not None
+        phases = recipe.phases
+        if not cell.learns_predictor:
+            phases = tuple(p for p in phases if p.train != "predictor" and not set(p.losses) & set(SCORE_LOSSES))
+            if len(phases) < len(recipe.phases):
+                note.append("no predictor to train")
+        if cell.method == "tome":
+            kept = [{name: weight for name, weight in p.losses.items() if name not in PATCH_LOSSES} for p in phases]
+            phases = tuple(
+                dataclasses.replace(p, losses=losses) for p, losses in zip(phases, kept, strict=True) if losses
+            )
+            note.append("merged tokens have no counterpart for losses on patches")
+        if not phases:
+            raise ValueError(f"the recipe has no phase that {cell.method} could be trained by; add cls_distill")
+        if start_from is not None:
+            note.append("starts from its calibrated predictor")
+        config = dataclasses.replace(
+            recipe,
+            model=self.sweep.model if start_from is None else str(start_from),
+            teacher="same",
+            phases=phases,
+            sparsity="saved" if start_from else {"method": cell.method, "keep_rate": cell.keep_rate},
+            data=dataclasses.replace(self.sweep.data, val_split=None),
+        )
+        return config, "; ".join(note)

@@ -1,0 +1,86 @@
+"""What a sweep compares: methods, keep rates and stages on the same labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..training.recipe import DataConfig, TrainConfig
+from .cell import STAGES, Cell
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to compare.
+
+    Args:
+        model: a dense model with a classifier: ``builtin``, a timm name, or a folder ``train`` wrote. The teacher too.
+        data: labelled images; ``val_split`` is measured on, ``train_split`` calibrates and trains.
+        methods: names of :data:`sparsifiner.methods.METHODS`; ``dense`` is always measured.
+        keep_rates: of each method.
+        stages: any of :data:`STAGES`. Only sparse attention can be calibrated; all methods can be fine-tuned, those
+            with a predictor to learn from where calibration leaves them.
+        recipe: of the fine-tuning; its model, data, teacher and sparsity are those of the sweep and the cell. Phases
+            that train a predictor are left out for methods without one.
+        num_images: validation images to classify, in one random order for all cells; all if None.
+        calibration_images: training images to calibrate on.
+        batch_size: images per forward pass, also where speed is measured.
+        dtype: of weights and images when measuring.
+        device: where to measure and calibrate; training goes where ``accelerate`` puts it unless this is ``cpu``.
+        repeats: speed measurements that alternate with dense ones; 0 for none.
+        seed: of the order of images.
+
+    Raises:
+        ValueError: in one line, if a name is unknown or the stages lack what they need.
+    """
+
+    model: str
+    data: DataConfig
+    methods: tuple[str, ...]
+    keep_rates: tuple[float, ...]
+    stages: tuple[str, ...] = ("training-free",)
+    recipe: TrainConfig | None = None
+    num_images: int | None = None
+    calibration_images: int = 64
+    batch_size: int = 64
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.keep_rates or not self.stages:
+            raise ValueError("a sweep needs at least one method, one keep rate and one stage")
+        for method in self.methods:
+            for stage in self.stages:
+                for keep_rate in self.keep_rates:
+                    Cell(method, keep_rate, stage)
+        if "fine-tuned" in self.stages and self.recipe is None:
+            raise ValueError("fine-tuned cells need a recipe; recipes/cifar10_cpu.yaml is one")
+        if self.data.val_split is None:
+            raise ValueError("data.val_split is null; name the split to measure on")
+
+    def cells(self) -> list[Cell]:
+        """Dense first, then method by method, each stage by itself; what a method has no stage for is left out."""
+        cells = [Cell("dense", 1.0)]
+        for stage in sorted(self.stages, key=STAGES.index):
+            for method in self.methods:
+                found = [Cell(method, rate, stage) for rate in self.keep_rates]
+                cells += [cell for cell in found if method != "dense" and (stage != "calibrated" or cell.sparse)]
+        return list(dict.fromkeys(cells))
+
+    def purpose(self) -> dict[str, Any]:
+        """What all rows of one file must have in common."""
+        return {
+            "model": self.model,
+            "source": self.data.source,
+            "split": self.data.val_split,
+            "img_size": None if self.data.size is None else list(self.data.size),
+            "calibration_images": self.calibration_images,
+            "batch_size": self.batch_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "seed": self.seed,
+        }
