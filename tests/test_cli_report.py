@@ -11,11 +11,13 @@ import timm
 import torch
 from conftest import lively
 from PIL import Image
+from rich.console import Console
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
 from sparsifiner.analysis import run
 from sparsifiner.cli import main
+from sparsifiner.cli.console import say
 
 QUICK = ["--repeats", "1", "--max-tokens", "400", "--no-memory", "--num-pictures", "1"]
 
@@ -226,3 +228,10 @@ def test_a_defect_of_ours_is_not_dressed_up_as_a_user_error(monkeypatch, tmp_pat
     monkeypatch.setattr(run, "measure_fidelity", broken)
     with pytest.raises(TypeError, match="ours"), contextlib.redirect_stderr(None):
         main(["report", "--output", str(tmp_path), *QUICK])
+
+
+def test_lines_are_printed_as_they_are(capsys):
+    """Paths keep brackets and colons, and nothing breaks a line that another program reads."""
+    text = "skipped runs[old]/:smile:.jpg: " + "x" * 200
+    say(Console(), text)
+    assert capsys.readouterr().out == text + "\n"

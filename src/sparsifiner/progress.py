@@ -23,7 +23,7 @@ def progress_on(console: Any) -> Iterator[Progress]:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
             if not console.is_terminal:
-                console.print(stage, markup=False, highlight=False)
+                console.print(stage, markup=False, highlight=False, emoji=False, soft_wrap=True)
         bars.update(tasks[stage], completed=done, total=total)
 
     with bars:

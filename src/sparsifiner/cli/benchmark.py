@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .arguments import check_dtype, parse_keep_rates, parse_sizes
+from .console import output_console, say
 from .options import ConfigFile, Json, KeepRates, MaxTokens
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ def benchmark(
     if json:
         print(jsonlib.dumps(facts, indent=2))
         return
-    stdout = Console()
+    stdout = output_console()
     level = cpu.level() or f"no native kernels ({cpu.why_missing()})"
-    stdout.print(f"{machine.processor}, {machine.threads} threads, torch {machine.torch}, {level}", highlight=False)
+    say(stdout, f"{machine.processor}, {machine.threads} threads, torch {machine.torch}, {level}")
     print_measured(found, stdout)
     for name, item in pays.items():
-        stdout.print(f"{name}: {item}", highlight=False)
-    stdout.print("A sparse model runs dense by itself where sparse is expected to be slower (dense_below).")
+        say(stdout, f"{name}: {item}")
+    say(stdout, "A sparse model runs dense by itself where sparse is expected to be slower (dense_below).")
 
 
 def print_measured(found: list[Measured], console: Console) -> None:

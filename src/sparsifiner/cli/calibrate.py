@@ -80,7 +80,7 @@ def calibrate(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        stderr.print(f"{folder / STATE_NAME} holds what is done; the same command continues from it", soft_wrap=True)
+        say(stderr, f"{folder / STATE_NAME} holds what is done; the same command continues from it")
         raise
     save_pretrained(sparse, folder)
     data = jsonlib.dumps(result.to_dict(), indent=2) + "\n"

@@ -17,5 +17,5 @@ def output_console(width: int = 100) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Print ``text`` as it is: paths keep their brackets, colours stay out, and a line is not broken."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print ``text`` as it is: paths keep brackets and colons, colours stay out, and a line is not broken."""
+    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -129,4 +129,4 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         )
     counts = sorted({row.images for row in rows})
     console.print(table)
-    console.print(f"{' to '.join(str(count) for count in counts[:1] + counts[1:][-1:])} images", highlight=False)
+    say(console, f"{' to '.join(str(count) for count in counts[:1] + counts[1:][-1:])} images")

@@ -61,7 +61,7 @@ def report(
     stderr = Console(stderr=True)
     photos = bundled_photos(num_images) if images is None else load_photos(images, num_images)
     for name, reason in photos.skipped.items():
-        stderr.print(f"skipped {name}: {reason}", markup=False, highlight=False)
+        say(stderr, f"skipped {name}: {reason}")
     settings = Settings(
         model=model,
         image_sizes=sizes,

@@ -84,7 +84,7 @@ def validate(
             progress=progress,
         )
     for name, reason in result.broken.items():
-        stderr.print(f"skipped {name}: {reason}", markup=False, highlight=False)
+        say(stderr, f"skipped {name}: {reason}")
     text = json_module.dumps(result.to_dict(), indent=2) + "\n"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -119,4 +119,4 @@ def _print(result: Validation, console: Console) -> None:
         )
     console.print(table)
     if result.broken:
-        console.print(f"{len(result.broken)} broken images skipped", highlight=False)
+        say(console, f"{len(result.broken)} broken images skipped")
