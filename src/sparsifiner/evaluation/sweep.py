@@ -58,7 +58,7 @@ class Sweep:
                 for keep_rate in self.keep_rates:
                     Cell(method, keep_rate, stage)
         if "fine-tuned" in self.stages and self.recipe is None:
-            raise ValueError("fine-tuned cells need a recipe; recipes/cifar10_cpu.yaml is one")
+            raise ValueError("fine-tuned cells need a recipe; recipes/cifar10_sweep.yaml is one")
         if self.data.val_split is None:
             raise ValueError("data.val_split is null; name the split to measure on")
 
