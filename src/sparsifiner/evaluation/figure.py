@@ -17,7 +17,11 @@ POINTS_BELOW = 15
 
 
 def draw_pareto(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Draw both figures, a panel per stage, bars for the 95 % intervals; returns the files.
+    """Draw both figures, a panel per stage; returns the files.
+
+    A row lies as far below the dense model's accuracy as it dropped on the images that both have seen, and its bar is
+    the 95 % interval of that drop. So rows on different numbers of images stand side by side, and what all models get
+    wrong does not blur the comparison. The grey band is the dense accuracy's own interval.
 
     Args:
         rows: of a sweep, dense among them.
@@ -53,25 +57,24 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
     figure = Figure(figsize=(1.8 + 4.2 * len(stages), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(stages), sharex=True, sharey=True, squeeze=False)[0]
-    dense = next((row for row in rows if row.cell.method == "dense"), None)
+    dense = next(row for row in rows if row.cell.method == "dense")
     for panel, stage in zip(panels, stages, strict=True):
-        if dense is not None:
-            low, high = dense.interval
-            panel.axhspan(100 * low, 100 * high, color="0.9", zorder=0)
-            panel.plot(value(dense), 100 * dense.top1, "k*", markersize=11, label="dense")
+        low, high = dense.interval
+        panel.axhspan(100 * low, 100 * high, color="0.9", zorder=0)
+        panel.plot(value(dense), 100 * dense.top1, "k*", markersize=11, label="dense")
         for method in methods:
             number = list(METHODS).index(method)  # so that a method looks the same in every figure
             found = [row for row in rows if row.cell.method == method and row.cell.stage == stage]
             found.sort(key=lambda row: row.cell.keep_rate)
             if found:
-                _line(panel, found, value, number)
+                _line(panel, found, dense, value, number)
         panel.set(xlabel=label, title=stage)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("top-1, %")
-    floor = 0.0 if dense is None else 100 * dense.top1 - POINTS_BELOW
-    if any(100 * row.interval[0] < floor for row in rows):
+    floor = 100 * dense.top1 - POINTS_BELOW
+    below = any(100 * (dense.top1 - row.drop_from(dense)[1][1]) < floor for row in rows)
+    if below:
         panels[0].set_ylim(floor, min(100.5, panels[0].get_ylim()[1]))
-        panels[0].set_ylabel(f"top-1, % (what is below {floor:.1f} is not shown)")
+    panels[0].set_ylabel(f"top-1, %{f' (what is below {floor:.1f} is not shown)' if below else ''}")
     names: dict[str, Any] = {}
     for panel in panels:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -82,13 +85,12 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
     return image.getvalue()
 
 
-def _line(panel: Any, rows: Sequence[Row], value: Callable[[Row], Any], number: int) -> None:
+def _line(panel: Any, rows: Sequence[Row], dense: Row, value: Callable[[Row], Any], number: int) -> None:
     """One method from its lowest keep rate to its highest."""
-    top1 = [100 * row.top1 for row in rows]
-    below = [100 * (row.top1 - row.interval[0]) for row in rows]
-    above = [100 * (row.interval[1] - row.top1) for row in rows]
+    drops = [row.drop_from(dense) for row in rows]
+    bars = [[100 * (high - drop) for drop, (_, high) in drops], [100 * (drop - low) for drop, (low, _) in drops]]
     panel.errorbar(
-        [value(row) for row in rows], top1, yerr=[below, above], marker="os^vDPX"[number % 7], markersize=4,
-        linewidth=1.2, elinewidth=0.8, capsize=2, color=f"C{number % 10}",
+        [value(row) for row in rows], [100 * (dense.top1 - drop) for drop, _ in drops], yerr=bars,
+        marker="os^vDPX"[number % 7], markersize=4, linewidth=1.2, elinewidth=0.8, capsize=2, color=f"C{number % 10}",
         linestyle="-" if number < 10 else "--", label=rows[0].cell.method,
     )  # fmt: skip
