@@ -22,10 +22,12 @@ constexpr Kernels level_kernels = {
     add_rows,
     store_row,
     kKeyBlock<Float>,
+    kTileSide,
     key_words,
     pack_keys_in_tiles<Pairs>,
     score_scratch_in_tiles<Pairs>,
     score_in_tiles<Pairs, Tiles, Compressor>,
-    group_tile,
+    group_scratch<Float>,
+    group_tile<Float>,
     distances,
 };

@@ -28,8 +28,6 @@ void group_queries(const TileGroups& p, int threads) {
     if (p.group_of[s] < 0 || p.group_of[s] >= p.groups) throw std::out_of_range("group numbers must lie in [0, groups)");
   const Kernels& kernel = kernels();
   const int64_t element = size_of(p.dtype);
-  const std::size_t floats = static_cast<std::size_t>(
-      2 * p.tile_size * p.width + p.groups * p.width + p.groups * p.tile_size + p.tile_size);
   parallel_for(p.batch * p.heads * p.tiles, threads, [&](int64_t item) {
     const int64_t head = item / p.tiles, tile = item % p.tiles;
     const int32_t* tokens = p.tile_tokens + tile * p.tile_size;
@@ -51,7 +49,7 @@ void group_queries(const TileGroups& p, int threads) {
     task.q = rows.data();
     task.group_of = p.group_of;
     task.out = static_cast<char*>(p.out) + element * item * p.groups * p.width;
-    kernel.group_tile(task, scratch(floats * 4));
+    kernel.group_tile(task, scratch(kernel.group_scratch(task)));
   });
 }
 

@@ -58,10 +58,12 @@ struct Kernels {
   void (*add_rows)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, float* sum);
   void (*store_row)(const float* sum, float factor, int64_t width, DType dtype, void* out);
   int key_block;
+  int score_queries;  // pooled queries that `score` multiplies with a block of keys at once
   int (*key_words)(DType dtype, int width);  // 32-bit words of a packed key
   void (*pack_keys)(const void* const* rows, DType dtype, int count, int width, void* packed);
   std::size_t (*score_scratch)(const ScoreTask& task);
   bool (*score)(const ScoreTask& task, void* scratch);  // false if a score is NaN
+  std::size_t (*group_scratch)(const GroupTask& task);
   void (*group_tile)(const GroupTask& task, void* scratch);
   void (*distances)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean, float* out);
 };

@@ -65,7 +65,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, key_words, pack_keys, score_scratch<Avx2>, score, group_tile, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, Avx2::keys, key_words, pack_keys, score_scratch<Avx2>, score, group_scratch<Avx2>, group_tile<Avx2>, distances,
 };
 
 }  // namespace sparsifiner

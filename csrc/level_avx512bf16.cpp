@@ -28,7 +28,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, key_words, pack_key_pairs<Avx512Bf16>, score_scratch<Avx512>, score, group_tile, distances,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, key_words, pack_key_pairs<Avx512Bf16>, score_scratch<Avx512>, score, group_scratch<Avx512>, group_tile<Avx512>, distances,
 };
 
 }  // namespace sparsifiner

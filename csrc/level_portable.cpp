@@ -35,7 +35,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, key_words, pack_keys, score_scratch<Portable>, score, group_tile, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, Portable::keys, key_words, pack_keys, score_scratch<Portable>, score, group_scratch<Portable>, group_tile<Portable>, distances,
 };
 
 }  // namespace sparsifiner

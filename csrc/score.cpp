@@ -50,8 +50,10 @@ void tile_keys(const TileKeys& p, int threads) {
     kernel.pack_keys(rows, p.dtype, count, static_cast<int>(p.width), packed.get() + item * step);
   });
 
-  const int64_t fitting = kLogitBytes / (4 * blocks * block * p.members);
-  const int64_t group = std::max<int64_t>(1, std::min({fitting, kMaxScoreQueries / p.members, p.tiles}));
+  // Whole batches of queries where that is possible: one that is not full costs as much as one that is.
+  const int64_t batch = (kernel.score_queries + p.members - 1) / p.members;
+  const int64_t fitting = kLogitBytes / (4 * blocks * block * p.members) / batch * batch;
+  const int64_t group = std::min({std::max(fitting, batch), std::max<int64_t>(1, kMaxScoreQueries / p.members), p.tiles});
   const int64_t groups = (p.tiles + group - 1) / group, stride = p.first + p.count;
   parallel_for(heads * groups, threads, [&](int64_t item) {
     const int64_t head = item / groups, start = item % groups * group;

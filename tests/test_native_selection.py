@@ -172,3 +172,19 @@ def test_fused_prediction_selects_what_the_torch_path_selects(level, reduction, 
     stepwise = super(PooledPredictor, predictor).forward(q, k, v, tiling, 0.125)
     assert torch.equal(fused.to_mask(), stepwise.to_mask())
     assert (fused.indices.diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("members", [1, 3, 4])
+def test_long_rows_select_what_single_tiles_select(level: str, members: int) -> None:
+    """Where the logits of one tile fill the cache, tiles still share a pass over the keys; the result is the same."""
+    g = torch.Generator().manual_seed(0)
+    pooled, k = torch.randn(1, 1, 5, members, 16, generator=g), torch.randn(1, 1, 30_001, 16, generator=g)
+    with cpu.force_level(level):
+        together = native_tile_keys(pooled, k, None, 1, 40, 0.25, False)
+        alone = [native_tile_keys(pooled[:, :, tile : tile + 1], k, None, 1, 40, 0.25, False) for tile in range(5)]
+    assert torch.equal(together, torch.cat(alone, dim=2))
+    scores = (pooled.double() @ k[:, :, None, 1:].double().transpose(-1, -2) * 0.25).log_softmax(-1).amax(-2)
+    # The same sum over the chosen scores, but for those that rounding makes equal to the last one.
+    chosen = scores.gather(-1, together[..., 1:].long() - 1).sum(-1)
+    torch.testing.assert_close(chosen, scores.topk(40, dim=-1).values.sum(-1), rtol=1e-3, atol=0)
