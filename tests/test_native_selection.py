@@ -83,7 +83,8 @@ def test_pooling(level: str, dtype: torch.dtype, grid: tuple[int, int], block: t
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("grid", "tile", "prefix"), [((16, 16), (4, 4), 1), ((13, 18), (4, 8), 5), ((7, 9), (1, 1), 0)]
+    ("grid", "tile", "prefix"),
+    [((16, 16), (4, 4), 1), ((13, 18), (4, 8), 5), ((7, 9), (1, 1), 0), ((13, 17), (6, 6), 1), ((7, 7), (3, 2), 0)],
 )
 def test_groups_and_stakes_are_those_of_torch(
     level: str, dtype: torch.dtype, grid: tuple[int, int], tile: tuple[int, int], prefix: int
