@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -153,6 +154,21 @@ def find_sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
 def is_sparse(model: nn.Module) -> bool:
     """Whether a model has sparse layers."""
     return any(isinstance(module, SparseAttention) for module in model.modules())
+
+
+@contextmanager
+def always_sparse(model: nn.Module) -> Iterator[None]:
+    """Sparse attention at every size while the block runs, for numbers about sparsity: by itself a model in
+    evaluation mode attends densely where that is faster. Dense models stay dense."""
+    layers = list(find_sparse_layers(model).values())
+    configs = [layer.config for layer in layers]
+    try:
+        for layer in layers:
+            layer.configure(layer.config.replace(dense_below=0))
+        yield
+    finally:
+        for layer, config in zip(layers, configs, strict=True):
+            layer.configure(config)
 
 
 def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from ..analysis import count_flops, interleave
 from ..analysis.accuracy import Accuracy, count_correct
 from ..config import SparsifinerConfig
-from ..convert import densify, is_sparse, set_keep_rate, sparsify
+from ..convert import always_sparse, densify, is_sparse, set_keep_rate, sparsify
 from ..models import load_model
 from ..progress import Progress
 from ..training.data import Samples, validation_loader, validation_transform
 from ..training.recipe import DataConfig
 from ..training.sources import ImageSource, open_source
-from ..training.student import always_sparse
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..analysis.accuracy import Accuracy, count_correct
+from ..convert import always_sparse
 from ..files import check_writable, write_atomically
 from ..progress import Progress
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -23,7 +24,7 @@ from .phases import enter_phase, make_optimizer, make_scheduler, set_reconstruct
 from .randomness import deterministic_algorithms, seed_of, seeded
 from .recipe import PhaseConfig, TrainConfig
 from .sources import ImageSource, open_source
-from .student import always_sparse, build_models, needs_teacher, save_model
+from .student import build_models, needs_teacher, save_model
 from .trackers import make_accelerator
 
 if TYPE_CHECKING:

@@ -6,15 +6,13 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from timm.models import get_model_args, save_for_hf
 from torch import nn
 
-from ..convert import densify, find_sparse_layers, is_sparse, sparse_layers, sparsify
+from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..methods import convert_with
 from ..models import load_model
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
@@ -93,21 +91,6 @@ def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
     own_attention = phase.train == "predictor" and config.teacher == "same"
     attention = "attn_recon" in phase.losses and not own_attention and config.teacher != "none"
     return bool(set(phase.losses) & set(TEACHER_LOSSES)) or attention
-
-
-@contextmanager
-def always_sparse(model: nn.Module) -> Iterator[None]:
-    """Sparse attention at every size while the block runs, for numbers about sparsity: by itself a model in
-    evaluation mode attends densely where that is faster. Dense models stay dense."""
-    layers = list(find_sparse_layers(model).values())
-    configs = [layer.config for layer in layers]
-    try:
-        for layer in layers:
-            layer.configure(layer.config.replace(dense_below=0))
-        yield
-    finally:
-        for layer, config in zip(layers, configs, strict=True):
-            layer.configure(config)
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
