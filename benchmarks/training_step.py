@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
+from sparsifiner.analysis.latency import interleave_all
 from sparsifiner.files import write_atomically
 from sparsifiner.methods import convert_with
 
@@ -35,13 +36,8 @@ def main() -> None:
     dense = timm.create_model("vit_small_patch16_224", img_size=256)
     models = {f"{name}, keep {rate:g}": convert_with(name, dense, rate).train() for name, rate in CASES}
     x = torch.randn(arguments.batch, 3, 256, 256)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(arguments.repeats + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            step(model, x)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+    work = {name: partial(step, model, x) for name, model in models.items()}
+    seconds = interleave_all(work, repeats=arguments.repeats, warmup=1)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     results = {
         "torch": torch.__version__,

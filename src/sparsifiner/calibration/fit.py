@@ -22,7 +22,7 @@ from ..predictors import LowRankPredictor
 from ..progress import Progress, progress_on
 from . import budget, spectral
 from .images import Images, load_images
-from .observation import Replay, last_kept, same_patches, visit_densely
+from .observation import Replay, common_patches, last_kept, visit_densely
 from .reconstruction import reconstruction_loss
 from .report import Calibration, summarise
 from .state import Optimizer, State, fingerprint
@@ -300,7 +300,7 @@ class _Run:
             for which, sparse in (("before", before), ("after", self.model)):
                 with torch.no_grad():
                     got = final_features(sparse, x)
-                compared = compare_features("", *same_patches(dense, dense_kept, got, last_kept(sparse)))
+                compared = compare_features("", *common_patches(dense, dense_kept, got, last_kept(sparse)))
                 values = (compared.patch_l2, compared.patch_cosine, compared.class_l2, compared.class_cosine)
                 tensors[f"measured.{which}.{number}"] = torch.tensor(
                     [float("nan") if value is None else value for value in values], dtype=torch.float64

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..analysis.fidelity import final_features
 from ..attention import SparseAttention
 from ..convert import sparse_layers
-from ..grid import find_grid
+from ..tokens import is_pruned, kept_patches
 
 Visit = Callable[[str, SparseAttention, Tensor, Tensor, Tensor, "Tensor | None"], None]
 """Called with a layer's path, the layer, q, k, v ``[B, H, N, D]`` and the bias of its logits or None."""
@@ -68,13 +68,12 @@ Features = tuple[Tensor, "Tensor | None"]
 """Patches ``[1, n, C]`` and class token ``[1, C]`` or None, as ``analysis.fidelity.final_features`` has them."""
 
 
-def last_kept(model: Any) -> Tensor | None:
-    """Raster numbers of the patches left at the end of the latest pass of one image, ``[n]``; None if all are."""
-    grid = find_grid(model)
-    return grid.kept[min(grid.kept)][0] if grid is not None and grid.kept else None
+def last_kept(model: nn.Module) -> Tensor | None:
+    """Raster numbers of the patches left at the end of the latest pass of one image, ``[n]``; None without pruning."""
+    return kept_patches(model)[0] if is_pruned(model) else None
 
 
-def same_patches(
+def common_patches(
     dense: Features, dense_kept: Tensor | None, sparse: Features, sparse_kept: Tensor | None
 ) -> tuple[Features, Features]:
     """The features of the patches that both passes of a pruned model kept; all of them where nothing is pruned.

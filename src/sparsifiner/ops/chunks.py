@@ -88,15 +88,20 @@ class _Chunk:
         rows = (image[:, None] * num_tokens + self.tokens) * heads + head[:, None]
         out.transpose(1, 2).view(-1, width).index_copy_(0, rows[self.inside], values[self.inside])
 
-    def add_query_gradients(self, grad_q: Tensor, dq: Tensor) -> None:
-        add_rows(grad_q, self.row, self.tokens, dq)
+    def add_query_gradients(self, grads: Gradients, dq: Tensor, dlogits: Tensor) -> None:
+        """Of what belongs to the queries: themselves and ``attn_bias``."""
+        add_rows(grads.q, self.row, self.tokens, dq)
+        if self.inputs.attn_bias is not None:
+            grads.attn_bias.index_put_(self.attn_bias_index, dlogits, accumulate=True)
 
-    def bias_index(self, attn_bias: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-        """Where ``attn_bias`` holds what the chunk's queries add to their keys ``columns`` ``[C or 1, M]``."""
-        heads = self.inputs.q.shape[1]
+    def attn_bias_of(self, columns: Tensor) -> Tensor:
+        """What ``attn_bias`` adds to the logits of keys ``columns`` ``[C or 1, M]``; remembers where it stands."""
+        attn_bias, heads = self.inputs.attn_bias, self.inputs.q.shape[1]
+        assert attn_bias is not None
         image = (self.row // heads).clamp(max=attn_bias.shape[0] - 1)
         head = (self.row % heads).clamp(max=attn_bias.shape[1] - 1)
-        return image[:, None, None], head[:, None, None], self.tokens[:, :, None], columns[:, None, :]
+        self.attn_bias_index = (image[:, None, None], head[:, None, None], self.tokens[:, :, None], columns[:, None, :])
+        return attn_bias[self.attn_bias_index].to(self.dtype)
 
 
 class GatheredChunk(_Chunk):
@@ -121,13 +126,12 @@ class GatheredChunk(_Chunk):
             columns = torch.cat([columns, pooled.expand(len(columns), -1)], dim=1)
         self.mask = mask[:, None]
         if inputs.attn_bias is not None:
-            self.attn_bias_index = self.bias_index(inputs.attn_bias, columns)
-            self.mask = self.mask + inputs.attn_bias[self.attn_bias_index].to(self.dtype)
+            self.mask = self.mask + self.attn_bias_of(columns)
 
     def add_gradients(self, grads: Gradients, dq: Tensor, dk: Tensor, dv: Tensor, dlogits: Tensor) -> None:
-        """Add what :func:`attend_backward` gave for this chunk."""
+        """Add what the backward pass of attention gave for this chunk."""
         inputs, kept, part = self.inputs, self.keys.shape[-1], slice(self.start, self.stop)
-        self.add_query_gradients(grads.q, dq)
+        self.add_query_gradients(grads, dq, dlogits)
         add_rows(grads.k, self.row, self.keys, dk[:, :kept])
         add_rows(grads.v, self.row, self.keys, dv[:, :kept])
         per_key = dlogits.sum(1)
@@ -137,8 +141,6 @@ class GatheredChunk(_Chunk):
             grads.tail_k.flatten(0, 1).index_add_(0, self.row, dk[:, kept:])
             grads.tail_v.flatten(0, 1).index_add_(0, self.row, dv[:, kept:])
             grads.tail_bias.flatten(0, 2)[part] = per_key[:, kept:]
-        if inputs.attn_bias is not None:
-            grads.attn_bias.index_put_(self.attn_bias_index, dlogits, accumulate=True)
 
 
 class MaskedChunk(_Chunk):
@@ -166,13 +168,12 @@ class MaskedChunk(_Chunk):
         self.mask = mask.repeat_interleave(tokens.shape[1], dim=1)
         if inputs.attn_bias is not None:
             columns = torch.arange(self.k.shape[1], device=device)[None]
-            self.attn_bias_index = self.bias_index(inputs.attn_bias, columns)
-            self.mask = self.mask + inputs.attn_bias[self.attn_bias_index].to(self.dtype)
+            self.mask = self.mask + self.attn_bias_of(columns)
 
     def add_gradients(self, grads: Gradients, dq: Tensor, dk: Tensor, dv: Tensor, dlogits: Tensor) -> None:
-        """Add what :func:`attend_backward` gave for this chunk."""
+        """Add what the backward pass of attention gave for this chunk."""
         inputs, num_tokens, (rows, _) = self.inputs, self.inputs.q.shape[2], self.part
-        self.add_query_gradients(grads.q, dq)
+        self.add_query_gradients(grads, dq, dlogits)
         grads.k.flatten(0, 1)[rows] += dk[:, :num_tokens]
         grads.v.flatten(0, 1)[rows] += dv[:, :num_tokens]
         per_key = dlogits.unflatten(1, (self.keys.shape[1], -1)).sum(2)  # [C, G, M]
@@ -183,8 +184,6 @@ class MaskedChunk(_Chunk):
             grads.tail_k.flatten(0, 1)[rows] += dk[:, num_tokens:]
             grads.tail_v.flatten(0, 1)[rows] += dv[:, num_tokens:]
             grads.tail_bias.flatten(0, 1)[self.part] = per_key[..., num_tokens:]
-        if inputs.attn_bias is not None:
-            grads.attn_bias.index_put_(self.attn_bias_index, dlogits, accumulate=True)
 
 
 def make_chunks(inputs: Inputs) -> Iterator[GatheredChunk | MaskedChunk]:
