@@ -10,20 +10,18 @@ from pathlib import Path
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Prove that files can be made in ``folder``, which need not exist yet; nothing is left behind.
+    """Prove that files can be made in ``folder``, which need not exist yet and is not made; nothing is left behind.
 
     Raises:
         ValueError: if that fails; one line says why and what to do.
     """
     folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".sparsifiner-")
+        # Made where the first missing folder would be, and only there: several processes may check at the same time.
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        handle, name = tempfile.mkstemp(dir=existing, prefix=".sparsifiner-")
         os.close(handle)
         os.unlink(name)
-        for path in made:  # what fails later shall leave no empty folders behind
-            path.rmdir()
     except OSError as error:
         raise ValueError(
             f"the output folder {folder} cannot be written ({error.strerror or error}); name another with --output"
