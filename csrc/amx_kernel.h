@@ -218,5 +218,5 @@ inline bool score_in_tiles(const ScoreTask& t, void* memory) {
   }
   const auto factor = V::set(t.scale * 1.44269504088896341f);
   for (int64_t i = 0; i < queries * b.columns; i += V::lanes) V::store(b.logits + i, V::mul(V::load(b.logits + i), factor));
-  return select_keys<V, true, C>(t, b);
+  return select_from_logits<V, true, C>(t, b);
 }

@@ -1,4 +1,4 @@
-// The kernels of an AMX level: all but float32 attention in tiles. Included last inside the anonymous
+// The kernels of an AMX level: all but float32 attention and chosen blocks of keys in tiles. Included last inside the anonymous
 // namespaces of the AMX levels, which define before: Float (vectors of 16 float32), Pairs (the same with
 // pairs of bfloat16), Tiles (see amx_kernel.h) and Compressor (see topk_kernel.h).
 
@@ -27,6 +27,10 @@ constexpr Kernels level_kernels = {
     pack_keys_in_tiles<Pairs>,
     score_scratch_in_tiles<Pairs>,
     score_in_tiles<Pairs, Tiles, Compressor>,
+    quad_words<Mode::dot>,
+    pack_quad<Mode::dot>,
+    score_quads_scratch<Pairs>,
+    score_quads<Pairs, Mode::dot, Compressor>,
     group_scratch<Float>,
     group_tile<Float>,
     distances,

@@ -75,6 +75,13 @@ inline void widen(const uint16_t* from, uint32_t* to, int count) {
   for (int i = 0; i < count; ++i) to[i] = static_cast<uint32_t>(from[i]) << 16;
 }
 
+inline void widen_row(const void* from, DType dtype, int width, float* to) {
+  if (dtype == DType::float32)
+    __builtin_memcpy(to, from, static_cast<std::size_t>(width) * 4);
+  else
+    widen(static_cast<const uint16_t*>(from), reinterpret_cast<uint32_t*>(to), width);
+}
+
 // To nearest, ties to even; NaN stays NaN.
 inline void narrow(const float* from, uint16_t* to, int count) {
   for (int i = 0; i < count; ++i) {

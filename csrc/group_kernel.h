@@ -2,13 +2,6 @@
 // level_*.cpp files inside their anonymous namespace, after attend_kernel.h. Plain loops are vectorised by the
 // compiler with the flags of the including file.
 
-inline void widen_row(const void* from, DType dtype, int width, float* to) {
-  if (dtype == DType::float32)
-    std::memcpy(to, from, static_cast<std::size_t>(width) * 4);
-  else
-    widen(static_cast<const uint16_t*>(from), reinterpret_cast<uint32_t*>(to), width);
-}
-
 // Queries of a tile, padded to whole vectors.
 template <class V>
 inline int group_lanes(const GroupTask& t) { return (t.queries + V::lanes - 1) / V::lanes * V::lanes; }

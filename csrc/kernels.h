@@ -31,12 +31,22 @@ struct ScoreTask {
   float scale;
   bool sum;                 // merge the pooled queries' probabilities by sum instead of max
   const float* log2_weight; // added to the candidates' log2 probabilities, or null
+  const float* spread;      // candidates are means of keys: mean square distance of those from it per element, or null
+  float* log2_sums;         // [tiles * members]: log2 of each pooled query's sum of exponentials, written, or null
   const void* packed_keys;  // blocks of `key_block` keys from pack_keys
   const void* const* q;     // [tiles * members], at most kMaxScoreQueries
   int64_t count;            // keys to select
   int32_t offset;           // added to the selected candidates' numbers
   int32_t* indices;         // [tiles][out_stride]
   int64_t out_stride;
+};
+
+// One tile that scores the keys of some blocks of kQuad keys only: `candidates` counts all places of these blocks, and
+// indices are numbers of places.
+struct QuadTask {
+  ScoreTask score;          // packed_keys: from pack_quad, for all blocks of the head; log2_sums is read
+  const int32_t* blocks;    // [candidates / kQuad]
+  const float* log2_weight; // [all blocks][kQuad], -inf where a block has no key
 };
 
 struct GroupTask {
@@ -48,6 +58,8 @@ struct GroupTask {
 };
 
 constexpr int kMaxScoreQueries = 256;
+constexpr int kQuad = 4;
+constexpr int kMaxKeyBlock = 64;
 
 struct Kernels {
   std::size_t (*attend_scratch)(const TileTask& task);
@@ -63,6 +75,10 @@ struct Kernels {
   void (*pack_keys)(const void* const* rows, DType dtype, int count, int width, void* packed);
   std::size_t (*score_scratch)(const ScoreTask& task);
   bool (*score)(const ScoreTask& task, void* scratch);  // false if a score is NaN
+  int (*quad_words)(DType dtype, int width);  // 32-bit words of a key packed by pack_quad
+  void (*pack_quad)(const void* const* rows, DType dtype, int width, void* packed, void* mean, float* spread);
+  std::size_t (*score_quads_scratch)(const QuadTask& task);
+  bool (*score_quads)(const QuadTask& task, void* scratch);  // false if a score is NaN
   std::size_t (*group_scratch)(const GroupTask& task);
   void (*group_tile)(const GroupTask& task, void* scratch);
   void (*distances)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean, float* out);

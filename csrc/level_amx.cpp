@@ -13,6 +13,7 @@ namespace {
 #include "level_avx512bf16_vector.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "quad_kernel.h"
 #include "group_kernel.h"
 #include "amx_kernel.h"
 #include "amx_hardware_tiles.h"

@@ -8,6 +8,7 @@ namespace {
 #include "level_portable_vector.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "quad_kernel.h"
 #include "group_kernel.h"
 #include "amx_kernel.h"
 #include "amx_emulated_tiles.h"
@@ -16,6 +17,11 @@ struct Vector : PortableVector<16> {
   static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t stride) {
     for (int i = 0; i < 16; ++i)
       for (int w = 0; w < 16; ++w) __builtin_memcpy(to + w * stride + i, rows[i] + first + w, 4);
+  }
+
+  static F dot(F lanes, uint32_t pair, F sum) {
+    const I bits = (I)lanes, high = static_cast<int32_t>(0xffff0000) & bits;
+    return sum + (F)(bits << 16) * from_bits(pair << 16) + (F)high * from_bits(pair & 0xffff0000);
   }
 
   // to[lane] = the bfloat16 of (even[lane], odd[lane]).

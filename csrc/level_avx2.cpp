@@ -8,6 +8,7 @@ namespace {
 #include "attend_kernel.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "quad_kernel.h"
 #include "group_kernel.h"
 
 struct Avx2 {
@@ -16,6 +17,14 @@ struct Avx2 {
   static constexpr int dims(int vectors) { return vectors == 1 ? 8 : 4; }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
+  // to[word][block][key] from kQuad words of kQuad keys of each of lanes / kQuad blocks.
+  static void load_quads(const uint32_t* const* blocks, int first, F* to) {
+    for (int w = 0; w < kQuad; w += 2) {
+      const auto half = [&](int i) { return load(reinterpret_cast<const float*>(blocks[i] + first + w * kQuad)); };
+      to[w] = _mm256_permute2f128_ps(half(0), half(1), 0x20);
+      to[w + 1] = _mm256_permute2f128_ps(half(0), half(1), 0x31);
+    }
+  }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -61,11 +70,16 @@ bool score(const ScoreTask& task, void* memory) {
   if (task.dtype == DType::float32) return score_tiles<Avx2, Mode::plain, ScalarCompressor>(task, memory);
   return score_tiles<Avx2, Mode::convert, ScalarCompressor>(task, memory);
 }
+
+bool score_quad_rows(const QuadTask& task, void* memory) {
+  if (task.score.dtype == DType::float32) return score_quads<Avx2, Mode::plain, ScalarCompressor>(task, memory);
+  return score_quads<Avx2, Mode::convert, ScalarCompressor>(task, memory);
+}
 }  // namespace
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, Avx2::keys, key_words, pack_keys, score_scratch<Avx2>, score, group_scratch<Avx2>, group_tile<Avx2>, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, Avx2::keys, key_words, pack_keys, score_scratch<Avx2>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx2>, score_quad_rows, group_scratch<Avx2>, group_tile<Avx2>, distances,
 };
 
 }  // namespace sparsifiner

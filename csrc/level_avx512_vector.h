@@ -6,6 +6,16 @@ struct Avx512 {
   static constexpr int dims(int vectors) { return vectors == 1 ? 16 : 8; }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
+  // to[word][block][key] from kQuad words of kQuad keys of each of lanes / kQuad blocks.
+  static void load_quads(const uint32_t* const* blocks, int first, F* to) {
+    const auto line = [&](int i) { return load(reinterpret_cast<const float*>(blocks[i] + first)); };
+    const F low0 = _mm512_shuffle_f32x4(line(0), line(1), 0x44), high0 = _mm512_shuffle_f32x4(line(0), line(1), 0xee);
+    const F low1 = _mm512_shuffle_f32x4(line(2), line(3), 0x44), high1 = _mm512_shuffle_f32x4(line(2), line(3), 0xee);
+    to[0] = _mm512_shuffle_f32x4(low0, low1, 0x88);
+    to[1] = _mm512_shuffle_f32x4(low0, low1, 0xdd);
+    to[2] = _mm512_shuffle_f32x4(high0, high1, 0x88);
+    to[3] = _mm512_shuffle_f32x4(high0, high1, 0xdd);
+  }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }

@@ -10,6 +10,7 @@ namespace {
 #include "level_avx512bf16_vector.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "quad_kernel.h"
 #include "group_kernel.h"
 
 void attend(const TileTask& task, void* memory) {
@@ -28,7 +29,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, key_words, pack_key_pairs<Avx512Bf16>, score_scratch<Avx512>, score, group_scratch<Avx512>, group_tile<Avx512>, distances,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, key_words, pack_key_pairs<Avx512Bf16>, score_scratch<Avx512>, score, quad_words<Mode::dot>, pack_quad<Mode::dot>, score_quads_scratch<Avx512>, score_quads<Avx512Bf16, Mode::dot, Avx512Compressor>, group_scratch<Avx512>, group_tile<Avx512>, distances,
 };
 
 }  // namespace sparsifiner

@@ -7,6 +7,7 @@ namespace {
 #include "level_portable_vector.h"
 #include "topk_kernel.h"
 #include "score_kernel.h"
+#include "quad_kernel.h"
 #include "group_kernel.h"
 
 using Portable = PortableVector<4>;
@@ -31,11 +32,16 @@ bool score(const ScoreTask& task, void* memory) {
   if (task.dtype == DType::float32) return score_tiles<Portable, Mode::plain, ScalarCompressor>(task, memory);
   return score_tiles<Portable, Mode::convert, ScalarCompressor>(task, memory);
 }
+
+bool score_quad_rows(const QuadTask& task, void* memory) {
+  if (task.score.dtype == DType::float32) return score_quads<Portable, Mode::plain, ScalarCompressor>(task, memory);
+  return score_quads<Portable, Mode::convert, ScalarCompressor>(task, memory);
+}
 }  // namespace
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, Portable::keys, key_words, pack_keys, score_scratch<Portable>, score, group_scratch<Portable>, group_tile<Portable>, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, Portable::keys, key_words, pack_keys, score_scratch<Portable>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Portable>, score_quad_rows, group_scratch<Portable>, group_tile<Portable>, distances,
 };
 
 }  // namespace sparsifiner

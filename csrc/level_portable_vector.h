@@ -12,6 +12,12 @@ struct PortableVector {
     __builtin_memcpy(&x, p, sizeof x);
     return x;
   }
+  // to[word][block][key] from kQuad words of kQuad keys of each of lanes / kQuad blocks.
+  static void load_quads(const uint32_t* const* blocks, int first, F* to) {
+    for (int w = 0; w < kQuad; ++w)
+      for (int i = 0; i < L / kQuad; ++i)
+        __builtin_memcpy(reinterpret_cast<char*>(to + w) + i * kQuad * 4, blocks[i] + first + w * kQuad, kQuad * 4);
+  }
   static void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
   static F fma(F a, F b, F c) { return a * b + c; }
   static F add(F a, F b) { return a + b; }

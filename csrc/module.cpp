@@ -34,6 +34,22 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+using KeysShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+sp::TileKeys tile_keys(const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
+                       uintptr_t log2_weight, uintptr_t indices) {
+  sp::TileKeys p;
+  std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.members, p.first, p.count) = shape;
+  p.dtype = dtype(bfloat16);
+  p.scale = scale;
+  p.sum = sum;
+  p.q = rows(q);
+  p.k = rows(k);
+  p.log2_weight = pointer<const float>(log2_weight);
+  p.indices = pointer<int32_t>(indices);
+  return p;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -84,19 +100,17 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "tile_keys",
-      [](const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16,
-         float scale, bool sum, const RowsTuple& q, const RowsTuple& k, uintptr_t log2_weight,
-         uintptr_t indices, int threads) {
-        sp::TileKeys p;
-        std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.members, p.first, p.count) = shape;
-        p.dtype = dtype(bfloat16);
-        p.scale = scale;
-        p.sum = sum;
-        p.q = rows(q);
-        p.k = rows(k);
-        p.log2_weight = pointer<const float>(log2_weight);
-        p.indices = pointer<int32_t>(indices);
-        sp::tile_keys(p, threads);
+      [](const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
+         uintptr_t log2_weight, uintptr_t indices, int threads) {
+        sp::tile_keys(tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), threads);
+      },
+      release());
+  m.def(
+      "screened_keys",
+      [](const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
+         uintptr_t log2_weight, const Grid& grid, int64_t num_blocks, uintptr_t indices, int threads) {
+        sp::screened_keys({tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), block_grid(grid), num_blocks},
+                          threads);
       },
       release());
   m.def(

@@ -94,32 +94,55 @@ inline float log2_sum(const float* row, int64_t columns) {
   return highest + __builtin_log2f(total);
 }
 
+inline float square_norm(const void* row, DType dtype, int width) {
+  float sum = 0.0f;
+  for (int d = 0; d < width; ++d) {
+    const float x = dtype == DType::float32 ? static_cast<const float*>(row)[d]
+                                            : from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(row)[d]) << 16);
+    sum += x * x;
+  }
+  return sum;
+}
+
+// Adds to the logits of each pooled query what the spread of the keys behind the candidates gives.
+inline void add_variance(const ScoreTask& t, const ScoreBuffers& b) {
+  for (int j = 0; j < t.tiles * t.members; ++j) {
+    const float square = t.scale * t.scale * 1.44269504088896341f * square_norm(t.q[j], t.dtype, t.width);
+    float* row = b.logits + j * b.columns;
+    for (int64_t c = 0; c < t.candidates; ++c) row[c] += square * t.spread[c];
+  }
+}
+
+// log2_sums[j] of every pooled query. Returns false if one is NaN.
+template <class V, bool coarse>
+inline bool sum_rows(const ScoreTask& t, const ScoreBuffers& b, float* log2_sums) {
+  for (int j = 0; j < t.tiles * t.members; ++j) {
+    float* row = b.logits + j * b.columns;
+    for (int64_t c = t.candidates; c < b.columns; ++c) row[c] = -__builtin_inff();
+    log2_sums[j] = log2_sum<V, coarse>(row, b.columns);
+    if (log2_sums[j] != log2_sums[j]) return false;
+  }
+  return true;
+}
+
 // Merges the logits of each tile's pooled queries and selects its keys. Returns false if a score is NaN.
-template <class V, bool coarse, class C>
-inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b) {
+// `weights` [columns] are added to the log2 probabilities, or null; so may be `log2_sums` if they do not matter.
+template <class V, class C>
+inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b, const float* weights, const float* log2_sums) {
   using F = typename V::F;
   constexpr int L = V::lanes;
-  const int64_t columns = b.columns;
-  const float* weights = t.log2_weight ? b.weights : nullptr;
-  for (int64_t c = 0; weights && c < columns; ++c) b.weights[c] = c < t.candidates ? t.log2_weight[c] : 0.0f;
   for (int tile = 0; tile < t.tiles; ++tile) {
-    float* of_tile = b.logits + tile * t.members * columns;
+    const float* of_tile = b.logits + tile * t.members * b.columns;
     const float* scores = of_tile;
-    if (t.members > 1 || t.log2_weight) {
-      float total[kMaxScoreQueries];
-      for (int m = 0; m < t.members; ++m) {
-        float* row = of_tile + m * columns;
-        for (int64_t c = t.candidates; c < columns; ++c) row[c] = -__builtin_inff();
-        total[m] = log2_sum<V, coarse>(row, columns);
-        if (total[m] != total[m]) return false;
-      }
+    if (log2_sums) {
       // The largest probability has the largest logarithm, so only a sum needs the powers.
-      for (int64_t c = 0; c < columns; c += L) {
+      const float* sums = log2_sums + tile * t.members;
+      for (int64_t c = 0; c < b.columns; c += L) {
         const F weight = weights ? V::load(weights + c) : V::set(0.0f);
-        F best = V::add(V::sub(V::load(of_tile + c), V::set(total[0])), weight);
+        F best = V::add(V::sub(V::load(of_tile + c), V::set(sums[0])), weight);
         if (t.sum) best = V::template exp2<false>(best);
         for (int m = 1; m < t.members; ++m) {
-          const F next = V::add(V::sub(V::load(of_tile + m * columns + c), V::set(total[m])), weight);
+          const F next = V::add(V::sub(V::load(of_tile + m * b.columns + c), V::set(sums[m])), weight);
           best = t.sum ? V::add(best, V::template exp2<false>(next)) : V::max(next, best);
         }
         V::store(b.merged + c, best);
@@ -132,17 +155,29 @@ inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b) {
   return true;
 }
 
-template <class V, Mode mode, class C>
-inline bool score_tiles(const ScoreTask& t, void* memory) {
-  constexpr int NK = V::keys, block = kKeyBlock<V>;
-  ScoreBuffers b;
-  score_layout<V>(t, NK, static_cast<char*>(memory), &b);
-  const int words = mode == Mode::dot ? t.width / 2 : t.width;
-  const int queries = t.tiles * t.members, padded = (queries + NK - 1) / NK * NK;
-  const uint32_t* rows[kMaxScoreQueries + NK];
-  const float bias[NK] = {};
+// The candidates' weights, padded to whole blocks, or null if there are none.
+inline const float* padded_weights(const ScoreTask& t, const ScoreBuffers& b) {
+  if (!t.log2_weight) return nullptr;
+  for (int64_t c = 0; c < b.columns; ++c) b.weights[c] = c < t.candidates ? t.log2_weight[c] : 0.0f;
+  return b.weights;
+}
+
+// From logits to the selected keys. Returns false if a score is NaN.
+template <class V, bool coarse, class C>
+inline bool select_from_logits(const ScoreTask& t, const ScoreBuffers& b) {
+  float room[kMaxScoreQueries];
+  float* log2_sums = t.log2_sums ? t.log2_sums : room;
+  if (t.spread) add_variance(t, b);
+  // One query without weights: the order of its logits is the answer.
+  if (t.members == 1 && !t.log2_weight && !t.log2_sums) return select_keys<V, C>(t, b, nullptr, nullptr);
+  return sum_rows<V, coarse>(t, b, log2_sums) && select_keys<V, C>(t, b, padded_weights(t, b), log2_sums);
+}
+
+// Pooled queries as the kernels multiply them; the last one again up to `padded`.
+template <Mode mode>
+inline void query_rows(const ScoreTask& t, int padded, const ScoreBuffers& b, const uint32_t** rows) {
   for (int j = 0; j < padded; ++j) {
-    const int query = j < queries ? j : queries - 1;
+    const int queries = t.tiles * t.members, query = j < queries ? j : queries - 1;
     uint32_t* room = b.rows + static_cast<int64_t>(query) * t.width;
     if constexpr (mode == Mode::dot) {
       rows[j] = row_of_pairs(t.q[query], t.dtype, t.width, room);
@@ -153,10 +188,22 @@ inline bool score_tiles(const ScoreTask& t, void* memory) {
       rows[j] = static_cast<const uint32_t*>(t.q[query]);
     }
   }
+}
+
+template <class V, Mode mode, class C>
+inline bool score_tiles(const ScoreTask& t, void* memory) {
+  constexpr int NK = V::keys, block = kKeyBlock<V>;
+  ScoreBuffers b;
+  score_layout<V>(t, NK, static_cast<char*>(memory), &b);
+  const int words = mode == Mode::dot ? t.width / 2 : t.width;
+  const int padded = (t.tiles * t.members + NK - 1) / NK * NK;
+  const uint32_t* rows[kMaxScoreQueries + NK];
+  const float bias[NK] = {};
+  query_rows<mode>(t, padded, b, rows);
   const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
   for (int64_t c = 0; c < b.columns; c += block, packed += words * block)
     for (int j = 0; j < padded; j += NK)
       logits_of_keys<V, mode, V::vectors>(packed, words, rows + j, t.scale * 1.44269504088896341f, bias,
                                           b.logits + j * b.columns + c, b.columns);
-  return select_keys<V, mode == Mode::dot, C>(t, b);
+  return select_from_logits<V, mode == Mode::dot, C>(t, b);
 }

@@ -91,6 +91,16 @@ struct BlockGrid {
   int64_t blocks() const { return vertical() * horizontal(); }
 };
 
+// The same, but only the keys of `num_blocks` blocks of 4 patches are scored one by one, and probabilities are over
+// those: the blocks that score best as one key. Its logit is that of the mean key plus the variance that the keys'
+// mean square distance from it, spread evenly over their elements, gives the logits; its weight is the highest.
+struct ScreenedKeys {
+  TileKeys tiles;      // first == grid.prefix
+  BlockGrid grid;      // block_rows * block_columns == 4
+  int64_t num_blocks;  // must hold `count` keys in any case
+};
+void screened_keys(const ScreenedKeys& problem, int threads);
+
 // counts[R, P] = log(keys of each block that are not among indices[R, K]); entries whose bias is -inf
 // do not count as kept.
 void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t kept, const BlockGrid& grid,

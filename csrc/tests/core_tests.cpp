@@ -1,160 +1,13 @@
 // Tests of the core without Python, meant for the sanitizer builds: every level against plain loops in
 // double precision, and refusals. stress.cpp has the many threads.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "sparsifiner.h"
-
-namespace sp = sparsifiner;
+#include "selection_tests.h"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const char* what, const char* level) {
-  if (condition) return;
-  std::fprintf(stderr, "FAILED at level %s: %s\n", level, what);
-  ++failures;
-}
-
-uint16_t narrow(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Random inputs exactly as large as promised, so that any access beyond them is an error to ASan.
-struct Case {
-  sp::AttentionShape s;
-  bool half, padded;
-  std::vector<float> qkv, tail, bias, tail_bias;
-  std::vector<uint16_t> qkv16, tail16;
-  std::vector<int32_t> tile_tokens, indices;
-
-  Case(std::mt19937& random, bool half_) : half(half_) {
-    auto pick = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
-    s.batch = pick(1, 2);
-    s.heads = pick(1, 3);
-    s.width = 16 * pick(1, 8);
-    s.prefix = pick(0, 3);
-    const int64_t patches = pick(1, 150);
-    s.tokens = s.prefix + patches;
-    s.tile_size = pick(1, 40);
-    s.tiles = (patches + s.tile_size - 1) / s.tile_size;
-    s.kept = pick(1, s.tokens);
-    s.pooled = pick(0, 1) * pick(1, 20);
-    padded = pick(0, 1) == 1;
-    std::normal_distribution<float> normal;
-    auto fill = [&](std::vector<float>& to, std::vector<uint16_t>& to16, int64_t count) {
-      to.resize(count);
-      for (float& x : to) x = normal(random);
-      if (!half) return;
-      to16.resize(count);
-      for (int64_t i = 0; i < count; ++i) to[i] = widen(to16[i] = narrow(to[i]));
-    };
-    fill(qkv, qkv16, s.batch * s.tokens * 3 * s.heads * s.width);
-    fill(tail, tail16, 2 * s.batch * s.heads * s.pooled * s.width);
-    const int64_t rows = s.batch * s.heads * s.tiles;
-    if (s.pooled > 0) tail_bias.resize(rows * s.pooled);
-    for (float& x : tail_bias) x = normal(random);
-    tile_tokens.assign(s.tiles * s.tile_size, -1);
-    for (int64_t i = 0; i < patches; ++i) tile_tokens[i] = static_cast<int32_t>(s.prefix + i);
-    std::vector<int32_t> all(s.tokens);
-    std::iota(all.begin(), all.end(), 0);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::shuffle(all.begin(), all.end(), random);
-      indices.insert(indices.end(), all.begin(), all.begin() + s.kept);
-    }
-    if (padded)
-      for (std::size_t i = 0; i < indices.size(); ++i) bias.push_back(pick(0, 2) == 0 ? -INFINITY : normal(random));
-  }
-
-  sp::Attention problem(void* out) const {
-    sp::Attention p;
-    p.shape = s;
-    p.dtype = half ? sp::DType::bfloat16 : sp::DType::float32;
-    p.scale = 1.0f / std::sqrt(static_cast<float>(s.width));
-    const int64_t element = half ? 2 : 4, c = s.heads * s.width;
-    const char* base = half ? reinterpret_cast<const char*>(qkv16.data()) : reinterpret_cast<const char*>(qkv.data());
-    p.q = {base, s.tokens * 3 * c, s.width, 3 * c};
-    p.k = {base + element * c, s.tokens * 3 * c, s.width, 3 * c};
-    p.v = {base + element * 2 * c, s.tokens * 3 * c, s.width, 3 * c};
-    const char* pooled = half ? reinterpret_cast<const char*>(tail16.data()) : reinterpret_cast<const char*>(tail.data());
-    p.tail_k = {pooled, s.heads * s.pooled * s.width, s.pooled * s.width, s.width};
-    p.tail_v = p.tail_k;
-    if (s.pooled > 0) p.tail_v.data = pooled + element * s.batch * s.heads * s.pooled * s.width;
-    p.tile_tokens = tile_tokens.data();
-    p.indices = indices.data();
-    p.bias = padded ? bias.data() : nullptr;
-    p.tail_bias = s.pooled > 0 ? tail_bias.data() : nullptr;
-    p.out = out;
-    return p;
-  }
-
-  const float* row(int part, int64_t b, int64_t h, int64_t n) const {
-    return qkv.data() + ((b * s.tokens + n) * 3 + part) * s.heads * s.width + h * s.width;
-  }
-
-  void expected_row(int64_t b, int64_t h, int64_t token, int64_t tile, std::vector<double>& out) const {
-    std::vector<const float*> k, v;
-    std::vector<double> logit;
-    const int64_t r = (b * s.heads + h) * s.tiles + tile;
-    const int64_t count = tile < 0 ? s.tokens : s.kept;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t key = tile < 0 ? i : indices[r * s.kept + i];
-      k.push_back(row(1, b, h, key));
-      v.push_back(row(2, b, h, key));
-      logit.push_back(tile >= 0 && padded ? bias[r * s.kept + i] : 0.0);
-    }
-    for (int64_t i = 0; tile >= 0 && i < s.pooled; ++i) {
-      const float* pooled = tail.data() + ((b * s.heads + h) * s.pooled + i) * s.width;
-      k.push_back(pooled);
-      v.push_back(pooled + s.batch * s.heads * s.pooled * s.width);
-      logit.push_back(tail_bias[r * s.pooled + i]);
-    }
-    double max = -INFINITY, sum = 0;
-    const double scale = 1.0f / std::sqrt(static_cast<float>(s.width));
-    for (std::size_t i = 0; i < k.size(); ++i) {
-      for (int64_t d = 0; d < s.width; ++d) logit[i] += scale * row(0, b, h, token)[d] * k[i][d];
-      max = std::max(max, logit[i]);
-    }
-    out.assign(s.width, 0.0);
-    if (max == -INFINITY) return;
-    for (std::size_t i = 0; i < k.size(); ++i) {
-      const double weight = std::exp(logit[i] - max);
-      sum += weight;
-      for (int64_t d = 0; d < s.width; ++d) out[d] += weight * v[i][d];
-    }
-    for (double& x : out) x /= sum;
-  }
-
-  double error(const std::vector<float>& got) const {
-    double worst = 0;
-    std::vector<double> want;
-    for (int64_t b = 0; b < s.batch; ++b)
-      for (int64_t h = 0; h < s.heads; ++h)
-        for (int64_t n = 0; n < s.tokens; ++n) {
-          expected_row(b, h, n, n < s.prefix ? -1 : (n - s.prefix) / s.tile_size, want);
-          for (int64_t d = 0; d < s.width; ++d)
-            worst = std::max(worst, std::fabs(want[d] - got[((b * s.tokens + n) * s.heads + h) * s.width + d]));
-        }
-    return worst;
-  }
-};
 
 void test_attention(std::mt19937& random, const char* level) {
   for (bool half : {false, true}) {
@@ -182,118 +35,6 @@ void test_bad_indices(std::mt19937& random, const char* level) {
     }
     expect(refused, "bad index refused", level);
   }
-}
-
-void test_topk(std::mt19937& random, const char* level) {
-  const int64_t rows = 3, columns = std::uniform_int_distribution<int64_t>(1, 300)(random);
-  const int64_t k = std::uniform_int_distribution<int64_t>(1, columns)(random);
-  const bool coarse = random() % 2;
-  std::normal_distribution<float> normal;
-  std::vector<float> scores(rows * columns);
-  for (float& x : scores) x = coarse ? std::round(normal(random)) : normal(random);
-  std::vector<int32_t> got(rows * k), order(columns);
-  sp::topk(scores.data(), sp::DType::float32, rows, columns, columns, k, got.data(), k, 0, 2);
-  bool same = true;
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* row = scores.data() + r * columns;
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
-    std::sort(order.begin(), order.begin() + k);
-    same = same && std::equal(order.begin(), order.begin() + k, got.begin() + r * k);
-  }
-  expect(same, "top-k", level);
-  scores[random() % scores.size()] = NAN;
-  bool refused = false;
-  try {
-    sp::topk(scores.data(), sp::DType::float32, rows, columns, columns, k, got.data(), k, 0, 2);
-  } catch (const std::invalid_argument&) {
-    refused = true;
-  }
-  expect(refused, "NaN refused", level);
-}
-
-// One query per tile: the selected keys must be those of the largest weighted probabilities. The inputs are
-// bfloat16 numbers also where they are given in float32: some levels round them.
-void test_tile_keys(std::mt19937& random, const char* level, bool half) {
-  Case c(random, true);
-  c.half = half;
-  sp::TileKeys p;
-  p.batch = c.s.batch;
-  p.heads = c.s.heads;
-  p.tokens = c.s.tokens;
-  p.width = c.s.width;
-  p.first = c.s.prefix;
-  p.count = std::uniform_int_distribution<int64_t>(1, p.tokens - p.first)(random);
-  p.dtype = half ? sp::DType::bfloat16 : sp::DType::float32;
-  p.scale = 1.0f;
-  p.sum = false;
-  p.q = c.problem(nullptr).q;
-  p.k = c.problem(nullptr).k;
-  p.members = 1;  // each token is a tile of its own
-  p.tiles = p.tokens;
-  const int64_t candidates = p.tokens - p.first;
-  std::vector<float> weight(random() % 2 ? p.batch * p.heads * candidates : 0);
-  std::normal_distribution<float> normal;
-  for (float& w : weight) w = normal(random);
-  if (!weight.empty()) p.log2_weight = weight.data();
-  std::vector<int32_t> got(p.batch * p.heads * p.tiles * (p.first + p.count));
-  p.indices = got.data();
-  sp::tile_keys(p, 2);
-  bool best = true;
-  std::vector<double> score(p.tokens);
-  for (int64_t r = 0; r < p.batch * p.heads * p.tiles; ++r) {
-    const int64_t t = r % p.tiles, h = r / p.tiles % p.heads, b = r / p.tiles / p.heads;
-    for (int64_t n = 0; n < p.tokens; ++n) {
-      score[n] = 0;
-      for (int64_t d = 0; d < p.width; ++d) score[n] += c.row(0, b, h, t)[d] * c.row(1, b, h, n)[d];
-      if (!weight.empty() && n >= p.first)
-        score[n] += std::log(2.0) * weight[(b * p.heads + h) * candidates + n - p.first];
-    }
-    const int32_t* row = got.data() + r * (p.first + p.count);
-    std::vector<bool> chosen(p.tokens);
-    for (int64_t i = 0; i < p.first + p.count; ++i) chosen[row[i]] = true;
-    double worst_chosen = INFINITY, best_left = -INFINITY;
-    for (int64_t n = p.first; n < p.tokens; ++n) {
-      if (chosen[n]) worst_chosen = std::min(worst_chosen, score[n]);
-      else best_left = std::max(best_left, score[n]);
-    }
-    best = best && worst_chosen >= best_left - 1e-3;
-  }
-  expect(best, "tile keys", level);
-}
-
-// Without steps the groups are plain means; with steps every group stays a mean of finite queries.
-void test_tile_groups(std::mt19937& random, const char* level) {
-  const Case c(random, false);
-  sp::TileGroups p;
-  p.batch = c.s.batch;
-  p.heads = c.s.heads;
-  p.tokens = c.s.tokens;
-  p.width = c.s.width;
-  p.tiles = c.s.tiles;
-  p.tile_size = c.s.tile_size;
-  p.groups = 1 + random() % p.tile_size;
-  p.dtype = sp::DType::float32;
-  p.q = c.problem(nullptr).q;
-  p.tile_tokens = c.tile_tokens.data();
-  std::vector<int32_t> start(p.tile_size);
-  for (int64_t i = 0; i < p.tile_size; ++i) start[i] = static_cast<int32_t>(i % p.groups);
-  p.group_of = start.data();
-  std::vector<float> out(p.batch * p.heads * p.tiles * p.groups * p.width);
-  p.out = out.data();
-  for (int64_t steps : {3, 0}) {
-    p.steps = steps;
-    sp::group_queries(p, 2);
-    for (float x : out) expect(std::isfinite(x), "groups are finite", level);
-  }
-  double sum = 0, size = 0;
-  for (int64_t i = 0; i < p.tile_size; i += p.groups, ++size)
-    sum += c.row(0, 0, 0, c.tile_tokens[c.tile_tokens[i] < 0 ? 0 : i])[0];
-  expect(std::fabs(out[0] - sum / size) < 1e-5, "groups start as means", level);
-  const sp::BlockGrid grid{c.s.prefix, 1, c.s.tokens - c.s.prefix, 1, 3};
-  std::vector<float> distance(p.batch * p.heads * c.s.tokens);
-  sp::block_distances(p.q, p.dtype, p.batch, p.heads, p.width, grid, distance.data(), 2);
-  for (float x : distance) expect(x >= 0.0f, "distances are not negative", level);
 }
 
 void test_pooling(std::mt19937& random, const char* level) {
@@ -343,6 +84,7 @@ int main() {
       test_bad_indices(random, name);
       test_topk(random, name);
       test_tile_keys(random, name, i % 2 == 1);
+      test_screened_keys(random, name, i % 2 == 1);
       test_tile_groups(random, name);
       test_pooling(random, name);
     }

@@ -1,6 +1,7 @@
 // Many callers at once: `stress SECONDS` lets 8 threads call every function of the core with mixed shapes, each call
 // running several threads inside, and compares every result with the one computed alone beforehand. Results
 // must agree to the bit: how work is shared out must not change them. Meant for the sanitizer builds.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -130,6 +131,19 @@ struct Inputs {
     return out;
   }
 
+  Bytes screened_keys(int threads) const {
+    sp::ScreenedKeys p{};
+    p.grid = {grid.prefix, grid.rows, grid.columns, 2, 2};
+    const int64_t empty = 4 * p.grid.blocks() - grid.rows * grid.columns;
+    p.num_blocks = std::max((empty + 4) / 4, (p.grid.blocks() + 1) / 2);
+    p.tiles = {s.batch, s.heads, s.tokens, s.width, s.tiles, 1, s.prefix, 4 * p.num_blocks - empty, dtype, 0.2f, masked, part(0), part(1)};
+    p.tiles.log2_weight = masked ? weight.data() : nullptr;
+    Bytes out(static_cast<std::size_t>(4 * lists() * (s.prefix + p.tiles.count)));
+    p.tiles.indices = reinterpret_cast<int32_t*>(out.data());
+    sp::screened_keys(p, threads);
+    return out;
+  }
+
   Bytes topk(int threads) const {
     const int64_t k = (s.tokens + 2) / 3;
     Bytes out(static_cast<std::size_t>(4 * lists() * k));
@@ -184,7 +198,7 @@ struct Check {
 };
 
 constexpr Check checks[] = {{"attend", &Inputs::attend},         {"tile_keys", &Inputs::tile_keys},
-                            {"topk", &Inputs::topk},             {"group_queries", &Inputs::group_queries},
+                            {"screened_keys", &Inputs::screened_keys}, {"topk", &Inputs::topk},             {"group_queries", &Inputs::group_queries},
                             {"pool_blocks", &Inputs::pool},      {"log_counts", &Inputs::log_counts},
                             {"distances", &Inputs::distances},   {"refusal", &Inputs::refuse}};
 constexpr std::size_t kChecks = sizeof checks / sizeof checks[0];

@@ -114,14 +114,11 @@ def native_tile_keys(
     Returns:
         Token numbers, int32 ``[B, H, T, first + count]``, rising.
     """
-    batch, heads, num_tokens, width = k.shape
-    num_tiles, per_tile = pooled.shape[2:4]
     out = _empty_keys(pooled, first, count)
     queries, k = cpu.readable_rows(pooled.flatten(2, 3)), cpu.readable_rows(k)
-    # Scores are compared as logarithms; a weight of zero becomes the smallest one there is.
-    log2_weight = None if weight is None else weight.float().log2().clamp(min=-126.0).contiguous()
+    log2_weight = _log2_weight(weight)
     cpu._native.tile_keys(
-        (batch, heads, num_tokens, width, num_tiles, per_tile, first, count),
+        (*k.shape, *pooled.shape[2:4], first, count),
         k.dtype == torch.bfloat16,
         scale,
         sum_probabilities,
@@ -139,6 +136,82 @@ def _(
     pooled: Tensor, k: Tensor, weight: Tensor | None, first: int, count: int, scale: float, sum_probabilities: bool
 ) -> Tensor:
     return _empty_keys(pooled, first, count)
+
+
+@torch.library.custom_op("sparsifiner::native_screened_keys", mutates_args=(), device_types="cpu")
+def native_screened_keys(
+    pooled: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    rows: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    prefix: int,
+    num_blocks: int,
+    count: int,
+    scale: float,
+    sum_probabilities: bool,
+) -> Tensor:
+    """What :func:`native_tile_keys` does, among the keys of each tile's best blocks only.
+
+    Probabilities are those among these keys. How blocks are scored: see ``predictors/screening.py``.
+
+    Args:
+        pooled: pooled queries of each tile ``[B, H, T, G, D]``.
+        k: keys ``[B, H, prefix + rows * columns, D]``, prefix tokens first; every tile keeps those.
+        weight: factor on each patch's probabilities, not negative, ``[B, H, rows * columns]``, or None.
+        rows, columns: the patch grid.
+        block_rows, block_columns: patches of a block; 4 in all.
+        prefix: number of prefix tokens.
+        num_blocks: blocks of each tile whose keys are scored one by one.
+        count: patches to select per tile, at most as many as any such blocks hold.
+        scale: factor on the logits.
+        sum_probabilities: merge the pooled queries' probabilities by sum instead of max.
+
+    Returns:
+        Token numbers, int32 ``[B, H, T, prefix + count]``, rising.
+    """
+    out = _empty_keys(pooled, prefix, count)
+    queries, k = cpu.readable_rows(pooled.flatten(2, 3)), cpu.readable_rows(k)
+    log2_weight = _log2_weight(weight)
+    cpu._native.screened_keys(
+        (*k.shape, *pooled.shape[2:4], prefix, count),
+        k.dtype == torch.bfloat16,
+        scale,
+        sum_probabilities,
+        cpu.rows(queries),
+        cpu.rows(k),
+        cpu.address(log2_weight),
+        (prefix, rows, columns, block_rows, block_columns),
+        num_blocks,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@native_screened_keys.register_fake
+def _(
+    pooled: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    rows: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    prefix: int,
+    num_blocks: int,
+    count: int,
+    scale: float,
+    sum_probabilities: bool,
+) -> Tensor:
+    return _empty_keys(pooled, prefix, count)
+
+
+def _log2_weight(weight: Tensor | None) -> Tensor | None:
+    """Scores are compared as logarithms; a weight of zero becomes the smallest one there is."""
+    return None if weight is None else weight.float().log2().clamp(min=-126.0).contiguous()
 
 
 def _empty_keys(pooled: Tensor, first: int, count: int) -> Tensor:

@@ -69,6 +69,24 @@ def native_tile_keys_flops(
     return 2 * pooled.numel() * (k[2] - first)
 
 
+def native_screened_keys_flops(
+    pooled: _Shape,
+    k: _Shape,
+    weight: _Shape | None,
+    rows: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    prefix: int,
+    num_blocks: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """FLOPs of ``sparsifiner::native_screened_keys``: pooled queries times all means and some blocks' keys."""
+    all_blocks = -(-rows // block_rows) * -(-columns // block_columns)
+    return 2 * pooled.numel() * (all_blocks + block_rows * block_columns * num_blocks)
+
+
 def gather_attention_backward_flops(grad: _Shape, *shapes: Any, **kwargs: Any) -> int:
     """FLOPs of the backward pass: five products of the forward's size (the weights are computed again)."""
     return gather_attention_flops(*shapes, **kwargs) * 5 // 2
@@ -93,6 +111,7 @@ def register() -> None:
         torch.ops.sparsifiner.native_attention: native_attention_flops,
         torch.ops.sparsifiner.native_group_queries: native_group_queries_flops,
         torch.ops.sparsifiner.native_tile_keys: native_tile_keys_flops,
+        torch.ops.sparsifiner.native_screened_keys: native_screened_keys_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_flash_attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_flash_attention_backward_flops,
     }

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..connectivity import Connectivity
-from ..selection import native_group_queries, native_tile_keys, why_not_tile_keys
+from ..selection import native_group_queries, native_screened_keys, native_tile_keys, why_not_tile_keys
 from ..tiling import Tiling
 from .base import Predictor, TileScores
+from .screening import Screening, num_screened_blocks, screening_blocks
 
 
 class PooledPredictor(Predictor):
@@ -21,7 +22,7 @@ class PooledPredictor(Predictor):
     that straddles an edge of the image average to one that nobody asks. A key scores by the group that needs it
     most (``reduction="max"``) or by all of them together (``"sum"``). With a tail, its attention counts times the
     distance of its value from the pooled value that would stand in for it: a key like its neighbours costs
-    nothing to drop.
+    nothing to drop. From ``screen_from`` keys on, single keys are scored in the most promising blocks only.
     """
 
     def tile_scores(
@@ -34,16 +35,25 @@ class PooledPredictor(Predictor):
         candidates = k[:, :, first:].transpose(-1, -2)
         stakes = self.stakes(v, tiling)
         weights_of_keys = None if stakes is None else stakes[:, :, None]
+        num_blocks = None if attn_bias is not None else self.num_screened_blocks(tiling)
+        screening = None if num_blocks is None else Screening.of(k, stakes, tiling, num_blocks)
+        by_sum = self.config.reduction == "sum"
 
         def scores(start: int, stop: int) -> Tensor:
             part = pooled[:, :, start:stop]
-            logits = part.flatten(2, 3) @ candidates
+            logits = (part.flatten(2, 3) @ candidates).unflatten(2, part.shape[2:4])
             if attn_bias is not None:
                 rows = attn_bias[:, :, tokens[start:stop].flatten(), first:].unflatten(2, (stop - start, -1))
-                logits = logits + (groups[:, :, start:stop] @ rows).flatten(2, 3)
-            weights = logits.softmax(-1).unflatten(2, part.shape[2:4])
-            needed = weights.amax(3) if self.config.reduction == "max" else weights.sum(3)
-            return needed if weights_of_keys is None else needed * weights_of_keys
+                logits = logits + groups[:, :, start:stop] @ rows
+            if screening is None:
+                weights = logits.softmax(-1)
+            else:
+                scored, log_sums = screening.choose(part, by_sum)
+                weights = (logits - log_sums).exp()
+            needed = weights.sum(3) if by_sum else weights.amax(3)
+            if weights_of_keys is not None:
+                needed = needed * weights_of_keys
+            return needed if screening is None else needed.masked_fill(~scored, -1.0)
 
         batch, heads, num_tokens, _ = q.shape
         rows_per_tile = 2 * groups.shape[3] + (0 if attn_bias is None else tiling.tile_size)
@@ -51,7 +61,11 @@ class PooledPredictor(Predictor):
 
     def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
         groups = Tiling(tiling.tile, self.group_block(tiling)).num_tiles
-        return num_heads * head_dim * tiling.num_tiles * groups * self.num_candidates(tiling)
+        keys, num_blocks = self.num_candidates(tiling), self.num_screened_blocks(tiling)
+        if num_blocks is not None:
+            blocks = screening_blocks(tiling)
+            keys = blocks.num_tiles + num_blocks * blocks.tile_size
+        return num_heads * head_dim * tiling.num_tiles * groups * keys
 
     @torch.no_grad()
     def forward(
@@ -62,9 +76,21 @@ class PooledPredictor(Predictor):
             return super().forward(q, k, v, tiling, scale, attn_bias)
         tokens, group_of = tiling.tokens(q.device), blocks.tile_of_patch(q.device).to(torch.int32)
         pooled = native_group_queries(q, tokens, group_of, blocks.num_tiles, self.config.query_refine)
-        first, count = self.first_candidate(tiling), self.num_keep(tiling)
-        by_sum = self.config.reduction == "sum"
-        return Connectivity(tiling, native_tile_keys(pooled, k, self.stakes(v, tiling), first, count, scale, by_sum))
+        first, count, num_blocks = self.first_candidate(tiling), self.num_keep(tiling), self.num_screened_blocks(tiling)
+        stakes, by_sum = self.stakes(v, tiling), self.config.reduction == "sum"
+        if num_blocks is None:
+            return Connectivity(tiling, native_tile_keys(pooled, k, stakes, first, count, scale, by_sum))
+        shape = (*tiling.grid, *screening_blocks(tiling).tile)
+        indices = native_screened_keys(pooled, k, stakes, *shape, first, num_blocks, count, scale, by_sum)
+        return Connectivity(tiling, indices)
+
+    def num_screened_blocks(self, tiling: Tiling) -> int | None:
+        """Blocks per tile whose keys are scored one by one; None where every key is."""
+        screen_from = self.config.screen_from
+        only_patches = self.first_candidate(tiling) == tiling.num_prefix_tokens
+        if screen_from is None or self.num_candidates(tiling) < screen_from or not only_patches:
+            return None
+        return num_screened_blocks(tiling, self.num_keep(tiling))
 
     def groups(self, q: Tensor, tiling: Tiling) -> Tensor:
         """Groups of each tile's queries as averaging weights, rows that sum to 1, ``[B, H, T, G, S]``."""

@@ -1,0 +1,78 @@
+// What the two ways to score the keys of tiles share: checks, rows, packed keys and tasks.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace sparsifiner {
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+using Packed = std::unique_ptr<char, Free>;
+
+inline Packed allocate(int64_t bytes) {
+  Packed packed(static_cast<char*>(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64))));
+  if (!packed) throw std::bad_alloc();
+  return packed;
+}
+
+inline void check(const TileKeys& p) {
+  const int64_t candidates = p.tokens - p.first;
+  if (p.width < 16 || p.width > 128 || p.width % 16 != 0)
+    throw std::invalid_argument("head width must be a multiple of 16 from 16 to 128, got " + std::to_string(p.width));
+  if (p.members < 1 || p.members > kMaxScoreQueries)
+    throw std::invalid_argument("a tile must have 1 to 256 pooled queries, got " + std::to_string(p.members));
+  if (p.count < 1 || p.count > candidates)
+    throw std::invalid_argument("cannot select " + std::to_string(p.count) + " of " + std::to_string(candidates) + " keys");
+}
+
+inline int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// Token `token` of head `head`, counted over all images.
+inline const char* row(const TileKeys& p, const Rows& rows, int64_t head, int64_t token) {
+  return static_cast<const char*>(rows.data) +
+         element_size(p.dtype) *
+             (head / p.heads * rows.batch_stride + head % p.heads * rows.head_stride + token * rows.token_stride);
+}
+
+// Tiles that are scored together, so that their logits for `columns` keys stay in the second-level cache. Whole
+// batches of queries where that is possible: one that is not full costs as much as one that is.
+inline int64_t tiles_together(const Kernels& kernel, const TileKeys& p, int64_t columns) {
+  constexpr int64_t logit_bytes = 384 * 1024;
+  const int64_t batch = (kernel.score_queries + p.members - 1) / p.members;
+  const int64_t fitting = logit_bytes / (4 * columns * p.members) / batch * batch;
+  return std::min({std::max(fitting, batch), std::max<int64_t>(1, kMaxScoreQueries / p.members), p.tiles});
+}
+
+// `tiles` tiles of `head` from `start`, whose pooled queries go to `q`. What every tile keeps is written at once.
+inline ScoreTask task_of(const TileKeys& p, int64_t head, int64_t start, int64_t tiles, const void** q) {
+  ScoreTask task{};
+  task.dtype = p.dtype;
+  task.width = static_cast<int>(p.width);
+  task.tiles = static_cast<int>(tiles);
+  task.members = static_cast<int>(p.members);
+  task.scale = p.scale;
+  task.sum = p.sum;
+  for (int64_t i = 0; i < tiles * p.members; ++i) q[i] = row(p, p.q, head, start * p.members + i);
+  task.q = q;
+  task.count = p.count;
+  task.out_stride = p.first + p.count;
+  int32_t* indices = p.indices + (head * p.tiles + start) * task.out_stride;
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    for (int64_t i = 0; i < p.first; ++i) indices[tile * task.out_stride + i] = static_cast<int32_t>(i);
+  task.indices = indices + p.first;
+  return task;
+}
+
+inline std::invalid_argument not_a_number(int64_t tile) {
+  return std::invalid_argument("the scores of tile " + std::to_string(tile) + " or a neighbour hold NaN");
+}
+
+}  // namespace sparsifiner

@@ -1,0 +1,128 @@
+"""Long sequences: blocks of keys are scored first, single keys in the best blocks only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsifiner import SparsifinerConfig, Tiling, cpu, sparsify
+from sparsifiner.analysis.fidelity import measure_fidelity
+from sparsifiner.analysis.images import bundled_photos, preprocess
+from sparsifiner.models import load_model
+from sparsifiner.predictors import PooledPredictor, build_predictor
+from sparsifiner.predictors.screening import num_screened_blocks
+
+LEVELS = [*cpu.levels(), "amx_emulated"] if cpu.why_missing() is None else []
+
+
+def build(tiling: Tiling, **changes: object) -> PooledPredictor:
+    settings = dict(keep_rate=0.1, query_tile=tiling.tile, screen_from=0)
+    config = SparsifinerConfig(**{**settings, **changes})  # type: ignore[arg-type]
+    predictor = build_predictor(
+        config, num_heads=2, head_dim=32, grid=tiling.grid, num_prefix_tokens=tiling.num_prefix_tokens
+    )
+    assert isinstance(predictor, PooledPredictor)
+    return predictor
+
+
+def smooth_qkv(tiling: Tiling, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values whose neighbours resemble each other, as those of images do."""
+    g = torch.Generator().manual_seed(0)
+    rows, columns = tiling.grid
+    coarse = torch.randn(3 * batch * 2, 32, -(-rows // 4), -(-columns // 4), generator=g)
+    patches = torch.nn.functional.interpolate(coarse, size=tiling.grid, mode="bilinear") * 2
+    patches = (patches + 0.4 * torch.randn(patches.shape, generator=g)).flatten(2).mT
+    prefix = torch.randn(3 * batch * 2, tiling.num_prefix_tokens, 32, generator=g)
+    q, k, v = torch.cat([prefix, patches], dim=1).unflatten(0, (3, batch, 2))
+    return q, k, v
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"reduction": "sum"}, {"tail": None}, {"keep_rate": 0.04}])
+@pytest.mark.parametrize(("grid", "tile"), [((24, 24), (4, 4)), ((19, 23), (4, 8)), ((13, 11), (1, 1))])
+def test_native_kernels_choose_what_torch_chooses(level, dtype, changes, grid, tile) -> None:
+    tiling = Tiling(grid, tile, 1)
+    predictor = build(tiling, **changes)
+    assert predictor.num_screened_blocks(tiling) is not None
+    q, k, v = (x.to(dtype) for x in smooth_qkv(tiling))
+    with cpu.force_level(level):
+        native = predictor(q, k, v, tiling, 32**-0.5)
+    stepwise = super(PooledPredictor, predictor).forward(q.float(), k.float(), v.float(), tiling, 32**-0.5)
+    assert native.indices.shape == stepwise.indices.shape
+    assert (native.indices.diff(dim=-1) > 0).all()
+    same = (native.to_mask() == stepwise.to_mask()).double().mean()
+    # Rounded scores take keys for each other whose scores are nearly equal.
+    rounded = dtype == torch.bfloat16 or level in ("avx512bf16", "amx", "amx_emulated")
+    assert same >= (0.985 if rounded else 0.9999)
+
+
+def test_nothing_is_screened_where_it_is_not_meant_to_be() -> None:
+    tiling = Tiling((24, 24), (4, 4), 1)
+    assert build(tiling).num_screened_blocks(tiling) == num_screened_blocks(tiling, 58) == 44
+    assert build(tiling, screen_from=577).num_screened_blocks(tiling) is None
+    assert build(tiling, screen_from=576).num_screened_blocks(tiling) == 44
+    assert build(tiling, screen_from=None).num_screened_blocks(tiling) is None
+    assert build(tiling, keep_rate=0.2).num_screened_blocks(tiling) is None
+    assert build(tiling, keep_prefix=False).num_screened_blocks(tiling) is None  # the class token is in no block
+    assert SparsifinerConfig().screen_from == 8192
+    thin = Tiling((1, 500), (1, 4), 0)
+    assert num_screened_blocks(thin, 10) is None
+
+
+def test_an_attention_bias_is_part_of_every_score() -> None:
+    """The mean of a block says nothing of its keys' biases, so every key is scored."""
+    tiling = Tiling((12, 12), (4, 4), 0)
+    q, k, v = smooth_qkv(tiling)
+    bias = torch.zeros(1, 1, 144, 144)
+    bias[..., 100] = 50.0
+    chosen = build(tiling)(q, k, v, tiling, 32**-0.5, bias)
+    assert torch.equal(chosen.to_mask(), build(tiling, screen_from=None)(q, k, v, tiling, 32**-0.5, bias).to_mask())
+    assert (chosen.indices == 100).any(-1).all()
+
+
+@pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
+def test_flops_count_means_and_the_keys_that_were_scored() -> None:
+    tiling = Tiling((24, 24), (4, 4), 1)
+    predictor, (q, k, v) = build(tiling, query_refine=0), smooth_qkv(tiling, batch=1)
+    with FlopCounterMode(display=False) as counted:
+        predictor(q, k, v, tiling, 32**-0.5)
+    scored = counted.get_flop_counts()["Global"][torch.ops.sparsifiner.native_screened_keys]
+    assert scored == 2 * predictor.score_macs(2, 32, tiling) == 2 * 2 * 32 * 36 * 4 * (144 + 4 * 44)
+
+
+@pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
+def test_library_contract_and_refusals() -> None:
+    pooled, k, weight = torch.randn(1, 2, 3, 4, 32), torch.randn(1, 2, 101, 32), torch.rand(1, 2, 100)
+    op = torch.ops.sparsifiner.native_screened_keys
+    arguments = (pooled, k, weight, 10, 10, 2, 2, 1, 9, 20, 0.2, False)
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+    for changed, message in (
+        ({8: 26}, "26 of 25 blocks"),
+        ({8: 4}, "may hold fewer than 20 keys"),
+        ({5: 4}, "a block must have 4 places"),
+        ({3: 11}, "must be the patches of the grid"),
+        ({9: 0}, "cannot select 0 of 100 keys"),
+    ):
+        broken = [changed.get(i, x) for i, x in enumerate(arguments)]
+        with pytest.raises(ValueError, match=message):
+            op(*broken)
+    with pytest.raises(ValueError, match="NaN"):
+        op(pooled, k * float("nan"), *arguments[2:])
+
+
+def test_features_stay_as_close_to_the_dense_ones_as_with_every_key_scored() -> None:
+    model = load_model("builtin", img_size=(504, 504))
+    photos = bundled_photos(2).photos
+    images = torch.stack([preprocess(model, (504, 504))(photo.image) for photo in photos])
+    errors = {}
+    for screen_from in (None, 0):
+        sparse = sparsify(model, SparsifinerConfig(keep_rate=0.1, screen_from=screen_from, dense_below=0))
+        measured = measure_fidelity(model, sparse, images, [photo.name for photo in photos])
+        errors[screen_from] = measured.mean("patch_l2")
+    assert errors[None] is not None
+    assert errors[0] is not None
+    assert errors[0] != errors[None]
+    assert errors[0] <= 1.1 * errors[None]
