@@ -32,7 +32,6 @@ struct ScoreTask {
   bool sum;                 // merge the pooled queries' probabilities by sum instead of max
   const float* log2_weight; // added to the candidates' log2 probabilities, or null
   const float* spread;      // candidates are means of keys: mean square distance of those from it per element, or null
-  float* log2_sums;         // [tiles * members]: log2 of each pooled query's sum of exponentials, written, or null
   const void* packed_keys;  // blocks of `key_block` keys from pack_keys
   const void* const* q;     // [tiles * members], at most kMaxScoreQueries
   int64_t count;            // keys to select
@@ -44,7 +43,7 @@ struct ScoreTask {
 // One tile that scores the keys of some blocks of kQuad keys only: `candidates` counts all places of these blocks, and
 // indices are numbers of places.
 struct QuadTask {
-  ScoreTask score;          // packed_keys: from pack_quad, for all blocks of the head; log2_sums is read
+  ScoreTask score;          // packed_keys: from pack_quad, for all blocks of the head; no log2_weight, no spread
   const int32_t* blocks;    // [candidates / kQuad]
   const float* log2_weight; // [all blocks][kQuad], -inf where a block has no key
 };

@@ -165,11 +165,10 @@ inline const float* padded_weights(const ScoreTask& t, const ScoreBuffers& b) {
 // From logits to the selected keys. Returns false if a score is NaN.
 template <class V, bool coarse, class C>
 inline bool select_from_logits(const ScoreTask& t, const ScoreBuffers& b) {
-  float room[kMaxScoreQueries];
-  float* log2_sums = t.log2_sums ? t.log2_sums : room;
+  float log2_sums[kMaxScoreQueries];
   if (t.spread) add_variance(t, b);
   // One query without weights: the order of its logits is the answer.
-  if (t.members == 1 && !t.log2_weight && !t.log2_sums) return select_keys<V, C>(t, b, nullptr, nullptr);
+  if (t.members == 1 && !t.log2_weight) return select_keys<V, C>(t, b, nullptr, nullptr);
   return sum_rows<V, coarse>(t, b, log2_sums) && select_keys<V, C>(t, b, padded_weights(t, b), log2_sums);
 }
 

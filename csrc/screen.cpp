@@ -127,8 +127,6 @@ void screened_keys(const ScreenedKeys& p, int threads) {
     first.log2_weight = t.log2_weight ? head.highest : nullptr;
     first.spread = head.spread;
     first.packed_keys = head.means;
-    float log2_sums[kMaxScoreQueries];
-    first.log2_sums = log2_sums;
     first.count = first.out_stride = p.num_blocks;
     QuadTask second{};
     second.score = whole;
@@ -148,7 +146,6 @@ void screened_keys(const ScreenedKeys& p, int threads) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       second.blocks = lists + tile * p.num_blocks;
       second.score.q = q + tile * t.members;
-      second.score.log2_sums = log2_sums + tile * t.members;
       second.score.indices = whole.indices + tile * whole.out_stride;
       if (!kernel.score_quads(second, memory + list_bytes + bit_bytes)) throw not_a_number(start + tile);
       places_to_tokens(p, patches.data(), second.blocks, reinterpret_cast<uint64_t*>(memory + list_bytes),

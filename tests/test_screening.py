@@ -83,6 +83,27 @@ def test_an_attention_bias_is_part_of_every_score() -> None:
     assert (chosen.indices == 100).any(-1).all()
 
 
+@pytest.mark.parametrize("level", [*LEVELS, None])
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+def test_extreme_keys(level, reduction) -> None:
+    """One key whose logit is 10,000 among three that oppose it: more than its block's mean and spread foretell."""
+    tiling = Tiling((24, 24), (4, 4), 1)
+    predictor, (q, k, v) = build(tiling, reduction=reduction), smooth_qkv(tiling, batch=1)
+    q = q.abs() + 0.1
+    k[:, :, 1:] *= 0.01
+    k[:, :, 100] = 1e4
+    k[:, :, [101, 124, 125]] = -1e4
+    if level is None:
+        chosen = super(PooledPredictor, predictor).forward(q, k, v, tiling, 32**-0.5)
+    else:
+        with cpu.force_level(level):
+            chosen = predictor(q, k, v, tiling, 32**-0.5)
+    assert chosen.indices.shape[-1] == 1 + predictor.num_keep(tiling)
+    assert (chosen.indices.diff(dim=-1) > 0).all()
+    assert ((chosen.indices >= 0) & (chosen.indices < tiling.num_tokens)).all()
+    assert (chosen.indices == 100).any(-1).all()
+
+
 @pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
 def test_flops_count_means_and_the_keys_that_were_scored() -> None:
     tiling = Tiling((24, 24), (4, 4), 1)

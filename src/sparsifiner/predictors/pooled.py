@@ -45,15 +45,14 @@ class PooledPredictor(Predictor):
             if attn_bias is not None:
                 rows = attn_bias[:, :, tokens[start:stop].flatten(), first:].unflatten(2, (stop - start, -1))
                 logits = logits + groups[:, :, start:stop] @ rows
-            if screening is None:
-                weights = logits.softmax(-1)
-            else:
-                scored, log_sums = screening.choose(part, by_sum)
-                weights = (logits - log_sums).exp()
+            left_out = None if screening is None else ~screening.choose(part, by_sum)
+            if left_out is not None:
+                logits = logits.masked_fill(left_out[:, :, :, None], float("-inf"))
+            weights = logits.softmax(-1)
             needed = weights.sum(3) if by_sum else weights.amax(3)
             if weights_of_keys is not None:
                 needed = needed * weights_of_keys
-            return needed if screening is None else needed.masked_fill(~scored, -1.0)
+            return needed if left_out is None else needed.masked_fill(left_out, -1.0)
 
         batch, heads, num_tokens, _ = q.shape
         rows_per_tile = 2 * groups.shape[3] + (0 if attn_bias is None else tiling.tile_size)

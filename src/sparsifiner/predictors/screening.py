@@ -63,8 +63,8 @@ class Screening:
             stakes = highest.scatter_reduce(2, block_of_patch, stakes, "amax")
         return cls(blocks, num_blocks, pool_blocks(k, blocks), spread, stakes)
 
-    def choose(self, pooled: Tensor, by_sum: bool) -> tuple[Tensor, Tensor]:
-        """The patches whose keys are scored, and what the pooled queries' logits are normalised by.
+    def choose(self, pooled: Tensor, by_sum: bool) -> Tensor:
+        """The patches whose keys are scored one by one.
 
         A block scores as if it were one key: its logit is that of the mean key plus the variance that its keys'
         spread gives the logits, so that a block with one key that matters does not vanish behind three others.
@@ -74,16 +74,15 @@ class Screening:
             by_sum: merge the probabilities of a tile's queries by sum instead of max.
 
         Returns:
-            Boolean ``[B, H, T, num_patches]``, and log-sums ``[B, H, T, G, 1]``.
+            Boolean ``[B, H, T, num_patches]``.
         """
         logits = (
             pooled @ self.means[:, :, None].mT + pooled.square().sum(-1, keepdim=True) * self.spread[:, :, None, None]
         )
-        log_sums = logits.logsumexp(-1, keepdim=True)
-        weights = (logits - log_sums).exp()
+        weights = logits.softmax(-1)
         needed = weights.sum(3) if by_sum else weights.amax(3)
         if self.stakes is not None:
             needed = needed * self.stakes[:, :, None]
         best = needed.topk(self.num_blocks, dim=-1).indices
         chosen = torch.zeros_like(needed, dtype=torch.bool).scatter_(-1, best, True)
-        return chosen[..., self.blocks.tile_of_patch(pooled.device)], log_sums
+        return chosen[..., self.blocks.tile_of_patch(pooled.device)]
