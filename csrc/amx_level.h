@@ -1,6 +1,6 @@
-// The kernels of an AMX level: all but float32 attention and chosen blocks of keys in tiles. Included last inside the anonymous
-// namespaces of the AMX levels, which define before: Float (vectors of 16 float32), Pairs (the same with
-// pairs of bfloat16), Tiles (see amx_kernel.h) and Compressor (see topk_kernel.h).
+// The kernels of an AMX level: all but float32 attention and chosen blocks of keys in tiles. Included last inside
+// the anonymous namespaces of the AMX levels, which define before: Float (vectors of 16 float32), Pairs (the same
+// with pairs of bfloat16), Tiles (see amx_kernel.h) and Compressor (see topk_kernel.h).
 
 void attend(const TileTask& task, void* memory) {
   if (task.dtype == DType::float32)

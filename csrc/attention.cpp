@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "inputs.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -13,8 +14,7 @@ namespace {
 
 void check(const Attention& p) {
   const AttentionShape& s = p.shape;
-  if (s.width < 16 || s.width > 128 || s.width % 16 != 0)
-    throw std::invalid_argument("head width must be a multiple of 16 from 16 to 128, got " + std::to_string(s.width));
+  check_width(s.width);
   if (s.tokens > std::numeric_limits<int32_t>::max() || s.prefix > s.tokens)
     throw std::invalid_argument("too many tokens, or more prefix tokens than tokens");
   for (int64_t i = 0; i < s.tiles * s.tile_size; ++i)
@@ -73,7 +73,7 @@ Lists make_lists(std::size_t queries, std::size_t keys, std::size_t kernel_bytes
 class Driver {
  public:
   explicit Driver(const Attention& problem) : p_(problem), s_(problem.shape), kernels_(kernels()) {
-    element_ = p_.dtype == DType::float32 ? 4 : 2;
+    element_ = static_cast<std::size_t>(element_size(p_.dtype));
     prefix_items_ = s_.prefix > 0 ? s_.batch * s_.heads : 0;
   }
 

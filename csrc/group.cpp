@@ -4,21 +4,11 @@
 #include <string>
 #include <vector>
 
+#include "inputs.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace sparsifiner {
-namespace {
-
-int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
-void check_width(int64_t width) {
-  if (width < 16 || width > 128 || width % 16 != 0)
-    throw std::invalid_argument("head width must be a multiple of 16 from 16 to 128, got " + std::to_string(width));
-}
-
-}  // namespace
-
 void group_queries(const TileGroups& p, int threads) {
   check_width(p.width);
   for (int64_t i = 0; i < p.tiles * p.tile_size; ++i)
@@ -27,7 +17,7 @@ void group_queries(const TileGroups& p, int threads) {
   for (int64_t s = 0; s < p.tile_size; ++s)
     if (p.group_of[s] < 0 || p.group_of[s] >= p.groups) throw std::out_of_range("group numbers must lie in [0, groups)");
   const Kernels& kernel = kernels();
-  const int64_t element = size_of(p.dtype);
+  const int64_t element = element_size(p.dtype);
   parallel_for(p.batch * p.heads * p.tiles, threads, [&](int64_t item) {
     const int64_t head = item / p.tiles, tile = item % p.tiles;
     const int32_t* tokens = p.tile_tokens + tile * p.tile_size;
@@ -61,7 +51,7 @@ void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, i
   parallel_for(batch * heads * (grid.vertical() + 1), threads, [&](int64_t item) {
     const int64_t head = item / (grid.vertical() + 1), by = item % (grid.vertical() + 1) - 1;
     const char* from = static_cast<const char*>(x.data) +
-                       size_of(dtype) * (head / heads * x.batch_stride + head % heads * x.head_stride);
+                       element_size(dtype) * (head / heads * x.batch_stride + head % heads * x.head_stride);
     float* to = out + head * tokens;
     if (by < 0) {  // prefix tokens lie in no block: their distance is that from zero
       const float zero[128] = {};
@@ -74,12 +64,12 @@ void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, i
       float mean[128] = {};
       for (int64_t y = top; y < bottom; ++y) {
         const int64_t token = grid.prefix + y * grid.columns + left;
-        kernel.add_rows(from + size_of(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width, mean);
+        kernel.add_rows(from + element_size(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width, mean);
       }
       for (int64_t d = 0; d < width; ++d) mean[d] /= static_cast<float>((bottom - top) * (right - left));
       for (int64_t y = top; y < bottom; ++y) {
         const int64_t token = grid.prefix + y * grid.columns + left;
-        kernel.distances(from + size_of(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width, mean,
+        kernel.distances(from + element_size(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width, mean,
                          to + token);
       }
     }

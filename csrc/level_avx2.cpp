@@ -70,16 +70,11 @@ bool score(const ScoreTask& task, void* memory) {
   if (task.dtype == DType::float32) return score_tiles<Avx2, Mode::plain, ScalarCompressor>(task, memory);
   return score_tiles<Avx2, Mode::convert, ScalarCompressor>(task, memory);
 }
-
-bool score_quad_rows(const QuadTask& task, void* memory) {
-  if (task.score.dtype == DType::float32) return score_quads<Avx2, Mode::plain, ScalarCompressor>(task, memory);
-  return score_quads<Avx2, Mode::convert, ScalarCompressor>(task, memory);
-}
 }  // namespace
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, Avx2::keys, key_words, pack_keys, score_scratch<Avx2>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx2>, score_quad_rows, group_scratch<Avx2>, group_tile<Avx2>, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, Avx2::keys, key_words, pack_keys, score_scratch<Avx2>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx2>, score_quads_by_dtype<Avx2, ScalarCompressor>, group_scratch<Avx2>, group_tile<Avx2>, distances,
 };
 
 }  // namespace sparsifiner

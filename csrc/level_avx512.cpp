@@ -32,16 +32,11 @@ bool score(const ScoreTask& task, void* memory) {
   if (task.dtype == DType::float32) return score_tiles<Avx512, Mode::plain, Avx512Compressor>(task, memory);
   return score_tiles<Avx512, Mode::convert, Avx512Compressor>(task, memory);
 }
-
-bool score_quad_rows(const QuadTask& task, void* memory) {
-  if (task.score.dtype == DType::float32) return score_quads<Avx512, Mode::plain, Avx512Compressor>(task, memory);
-  return score_quads<Avx512, Mode::convert, Avx512Compressor>(task, memory);
-}
 }  // namespace
 
 extern const Kernels avx512_kernels;
 const Kernels avx512_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, key_words, pack_keys, score_scratch<Avx512>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx512>, score_quad_rows, group_scratch<Avx512>, group_tile<Avx512>, distances,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, key_words, pack_keys, score_scratch<Avx512>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx512>, score_quads_by_dtype<Avx512, Avx512Compressor>, group_scratch<Avx512>, group_tile<Avx512>, distances,
 };
 
 }  // namespace sparsifiner

@@ -32,16 +32,11 @@ bool score(const ScoreTask& task, void* memory) {
   if (task.dtype == DType::float32) return score_tiles<Portable, Mode::plain, ScalarCompressor>(task, memory);
   return score_tiles<Portable, Mode::convert, ScalarCompressor>(task, memory);
 }
-
-bool score_quad_rows(const QuadTask& task, void* memory) {
-  if (task.score.dtype == DType::float32) return score_quads<Portable, Mode::plain, ScalarCompressor>(task, memory);
-  return score_quads<Portable, Mode::convert, ScalarCompressor>(task, memory);
-}
 }  // namespace
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, Portable::keys, key_words, pack_keys, score_scratch<Portable>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Portable>, score_quad_rows, group_scratch<Portable>, group_tile<Portable>, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, Portable::keys, key_words, pack_keys, score_scratch<Portable>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Portable>, score_quads_by_dtype<Portable, ScalarCompressor>, group_scratch<Portable>, group_tile<Portable>, distances,
 };
 
 }  // namespace sparsifiner

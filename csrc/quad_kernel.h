@@ -125,3 +125,10 @@ inline bool score_quads(const QuadTask& task, void* memory) {
   float log2_sums[kMaxScoreQueries];
   return sum_rows<V, mode == Mode::dot>(t, b, log2_sums) && select_keys<V, C>(t, b, b.weights, log2_sums);
 }
+
+// For levels without products of bfloat16.
+template <class V, class C>
+inline bool score_quads_by_dtype(const QuadTask& task, void* memory) {
+  if (task.score.dtype == DType::float32) return score_quads<V, Mode::plain, C>(task, memory);
+  return score_quads<V, Mode::convert, C>(task, memory);
+}

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "inputs.h"
 #include "kernels.h"
 
 namespace sparsifiner {
@@ -25,15 +26,12 @@ inline Packed allocate(int64_t bytes) {
 
 inline void check(const TileKeys& p) {
   const int64_t candidates = p.tokens - p.first;
-  if (p.width < 16 || p.width > 128 || p.width % 16 != 0)
-    throw std::invalid_argument("head width must be a multiple of 16 from 16 to 128, got " + std::to_string(p.width));
+  check_width(p.width);
   if (p.members < 1 || p.members > kMaxScoreQueries)
     throw std::invalid_argument("a tile must have 1 to 256 pooled queries, got " + std::to_string(p.members));
   if (p.count < 1 || p.count > candidates)
     throw std::invalid_argument("cannot select " + std::to_string(p.count) + " of " + std::to_string(candidates) + " keys");
 }
-
-inline int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // Token `token` of head `head`, counted over all images.
 inline const char* row(const TileKeys& p, const Rows& rows, int64_t head, int64_t token) {

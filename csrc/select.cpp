@@ -6,13 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "inputs.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace sparsifiner {
 namespace {
-
-std::size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // Block number of each token; prefix tokens lie in an extra last block.
 std::vector<int32_t> block_of_token(const BlockGrid& grid) {
@@ -39,7 +38,7 @@ void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_
   parallel_for((rows + group - 1) / group, threads, [&](int64_t item) {
     void* memory = scratch(topk_scratch(columns));
     for (int64_t row = item * group; row < std::min(rows, (item + 1) * group); ++row) {
-      const void* from = static_cast<const char*>(scores) + size_of(dtype) * static_cast<std::size_t>(row * row_stride);
+      const void* from = static_cast<const char*>(scores) + element_size(dtype) * row * row_stride;
       if (!kernel.topk(from, dtype, columns, k, offset, indices + row * out_stride, memory))
         throw std::invalid_argument("top-k: row " + std::to_string(row) + " of the scores holds NaN");
     }
@@ -75,7 +74,7 @@ void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64
                  void* out, int threads) {
   if (width < 1 || width > 128) throw std::invalid_argument("pooling needs a width from 1 to 128");
   const Kernels& kernel = kernels();
-  const std::size_t element = size_of(dtype);
+  const int64_t element = element_size(dtype);
   // Heads of a token are neighbours in memory, so they come last.
   parallel_for(batch * grid.vertical(), threads, [&](int64_t item) {
     const int64_t by = item % grid.vertical(), b = item / grid.vertical();
@@ -88,11 +87,11 @@ void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64
         for (int64_t y = top; y < bottom; ++y) {
           const int64_t token = grid.prefix + y * grid.columns + left;
           const int64_t offset = b * x.batch_stride + head * x.head_stride + token * x.token_stride;
-          kernel.add_rows(static_cast<const char*>(x.data) + static_cast<int64_t>(element) * offset, dtype, right - left,
+          kernel.add_rows(static_cast<const char*>(x.data) + element * offset, dtype, right - left,
                           x.token_stride, width, sum);
         }
         const int64_t row = (b * heads + head) * grid.blocks() + by * grid.horizontal() + bx;
-        kernel.store_row(sum, mean, width, dtype, static_cast<char*>(out) + element * static_cast<std::size_t>(row * width));
+        kernel.store_row(sum, mean, width, dtype, static_cast<char*>(out) + element * row * width);
       }
     }
   });

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -114,21 +117,7 @@ def native_tile_keys(
     Returns:
         Token numbers, int32 ``[B, H, T, first + count]``, rising.
     """
-    out = _empty_keys(pooled, first, count)
-    queries, k = cpu.readable_rows(pooled.flatten(2, 3)), cpu.readable_rows(k)
-    log2_weight = _log2_weight(weight)
-    cpu._native.tile_keys(
-        (*k.shape, *pooled.shape[2:4], first, count),
-        k.dtype == torch.bfloat16,
-        scale,
-        sum_probabilities,
-        cpu.rows(queries),
-        cpu.rows(k),
-        cpu.address(log2_weight),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+    return _choose_keys(cpu._native.tile_keys, pooled, k, weight, first, count, scale, sum_probabilities)
 
 
 @native_tile_keys.register_fake
@@ -172,23 +161,8 @@ def native_screened_keys(
     Returns:
         Token numbers, int32 ``[B, H, T, prefix + count]``, rising.
     """
-    out = _empty_keys(pooled, prefix, count)
-    queries, k = cpu.readable_rows(pooled.flatten(2, 3)), cpu.readable_rows(k)
-    log2_weight = _log2_weight(weight)
-    cpu._native.screened_keys(
-        (*k.shape, *pooled.shape[2:4], prefix, count),
-        k.dtype == torch.bfloat16,
-        scale,
-        sum_probabilities,
-        cpu.rows(queries),
-        cpu.rows(k),
-        cpu.address(log2_weight),
-        (prefix, rows, columns, block_rows, block_columns),
-        num_blocks,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+    choose, grid = cpu._native.screened_keys, (prefix, rows, columns, block_rows, block_columns)
+    return _choose_keys(choose, pooled, k, weight, prefix, count, scale, sum_probabilities, grid, num_blocks)
 
 
 @native_screened_keys.register_fake
@@ -209,9 +183,35 @@ def _(
     return _empty_keys(pooled, prefix, count)
 
 
-def _log2_weight(weight: Tensor | None) -> Tensor | None:
-    """Scores are compared as logarithms; a weight of zero becomes the smallest one there is."""
-    return None if weight is None else weight.float().log2().clamp(min=-126.0).contiguous()
+def _choose_keys(
+    choose: Callable[..., None],
+    pooled: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    first: int,
+    count: int,
+    scale: float,
+    sum_probabilities: bool,
+    *blocks: Any,
+) -> Tensor:
+    # ``choose`` is a function of the compiled module; ``blocks`` is what it takes besides what all of them do.
+    out = _empty_keys(pooled, first, count)
+    queries, k = cpu.readable_rows(pooled.flatten(2, 3)), cpu.readable_rows(k)
+    # Scores are compared as logarithms; a weight of zero becomes the smallest one there is.
+    log2_weight = None if weight is None else weight.float().log2().clamp(min=-126.0).contiguous()
+    choose(
+        (*k.shape, *pooled.shape[2:4], first, count),
+        k.dtype == torch.bfloat16,
+        scale,
+        sum_probabilities,
+        cpu.rows(queries),
+        cpu.rows(k),
+        cpu.address(log2_weight),
+        *blocks,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _empty_keys(pooled: Tensor, first: int, count: int) -> Tensor:
