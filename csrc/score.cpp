@@ -10,7 +10,7 @@ void tile_keys(const TileKeys& p, int threads) {
   const Kernels& kernel = kernels();
   const int64_t block = kernel.key_block, blocks = (candidates + block - 1) / block;
   const int64_t step = block * kernel.key_words(p.dtype, static_cast<int>(p.width)) * 4;
-  const Packed packed = allocate(heads * blocks * step);
+  const Memory packed = allocate(heads * blocks * step);
   parallel_for(heads * blocks, threads, [&](int64_t item) {
     const int64_t head = item / blocks, first = item % blocks * block;
     const int count = static_cast<int>(std::min(block, candidates - first));

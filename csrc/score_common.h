@@ -2,27 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "inputs.h"
 #include "kernels.h"
+#include "memory.h"
 
 namespace sparsifiner {
-
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Packed = std::unique_ptr<char, Free>;
-
-inline Packed allocate(int64_t bytes) {
-  Packed packed(static_cast<char*>(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64))));
-  if (!packed) throw std::bad_alloc();
-  return packed;
-}
 
 inline void check(const TileKeys& p) {
   const int64_t candidates = p.tokens - p.first;

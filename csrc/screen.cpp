@@ -103,8 +103,8 @@ void screened_keys(const ScreenedKeys& p, int threads) {
   const int64_t groups_of_means = (blocks + key_block - 1) / key_block;
   const int64_t means_bytes = groups_of_means * key_block * kernel.key_words(t.dtype, width) * 4;
   const int64_t keys_bytes = blocks * kQuad * kernel.quad_words(t.dtype, width) * 4;
-  const Packed means = allocate(heads * means_bytes), keys = allocate(heads * keys_bytes);
-  const Packed facts = allocate(heads * blocks * (kQuad + 2) * 4);
+  const Memory means = allocate(heads * means_bytes), keys = allocate(heads * keys_bytes);
+  const Memory facts = allocate(heads * blocks * (kQuad + 2) * 4);
   const auto head_of = [&](int64_t head) {
     float* weight = reinterpret_cast<float*>(facts.get()) + head * blocks * (kQuad + 2);
     return Head{means.get() + head * means_bytes, keys.get() + head * keys_bytes, weight, weight + blocks * kQuad,

@@ -9,17 +9,24 @@
 
 namespace {
 
+void expect_attention(const Case& c, const char* level) {
+  const std::size_t size = c.s.batch * c.s.tokens * c.s.heads * c.s.width;
+  std::vector<float> out(c.half ? 0 : size);
+  std::vector<uint16_t> out16(c.half ? size : 0);
+  sp::attend(c.problem(c.half ? static_cast<void*>(out16.data()) : out.data()), 2);
+  for (uint16_t x : out16) out.push_back(widen(x));
+  // Values of size 4 rounded to 8 bits, the weights likewise; float32 carries 24.
+  expect(c.error(out) < (c.half ? 4 * 0.0078125 : 1e-5), c.half ? "bfloat16 attention" : "float32 attention", level);
+}
+
 void test_attention(std::mt19937& random, const char* level) {
-  for (bool half : {false, true}) {
-    const Case c(random, half);
-    const std::size_t size = c.s.batch * c.s.tokens * c.s.heads * c.s.width;
-    std::vector<float> out(half ? 0 : size);
-    std::vector<uint16_t> out16(half ? size : 0);
-    sp::attend(c.problem(half ? static_cast<void*>(out16.data()) : out.data()), 2);
-    for (uint16_t x : out16) out.push_back(widen(x));
-    // Values of size 4 rounded to 8 bits, the weights likewise; float32 carries 24.
-    expect(c.error(out) < (half ? 4 * 0.0078125 : 1e-5), half ? "bfloat16 attention" : "float32 attention", level);
-  }
+  for (bool half : {false, true}) expect_attention(Case(random, half), level);
+}
+
+// Keys and values of 2 x 3 heads that are copied two heads at a time, across the border of the images.
+void test_attention_in_parts(std::mt19937& random, const char* level) {
+  const int64_t tokens = 6001, tile = 64;
+  expect_attention(Case(random, false, {2, 3, tokens, 128, (tokens - 1 + tile - 1) / tile, tile, 5, 3, 1}), level);
 }
 
 void test_bad_indices(std::mt19937& random, const char* level) {
@@ -79,6 +86,7 @@ int main() {
     const char* name = level.c_str();
     sp::force_level(name);
     std::mt19937 random(7);
+    test_attention_in_parts(random, name);
     for (int i = 0; i < 40; ++i) {
       test_attention(random, name);
       test_bad_indices(random, name);

@@ -45,8 +45,9 @@ struct Case {
   std::vector<uint16_t> qkv16, tail16;
   std::vector<int32_t> tile_tokens, indices;
 
-  Case(std::mt19937& random, bool half_) : half(half_) {
+  static sp::AttentionShape small_shape(std::mt19937& random) {
     auto pick = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
+    sp::AttentionShape s;
     s.batch = pick(1, 2);
     s.heads = pick(1, 3);
     s.width = 16 * pick(1, 8);
@@ -57,6 +58,13 @@ struct Case {
     s.tiles = (patches + s.tile_size - 1) / s.tile_size;
     s.kept = pick(1, s.tokens);
     s.pooled = pick(0, 1) * pick(1, 20);
+    return s;
+  }
+
+  Case(std::mt19937& random, bool half_) : Case(random, half_, small_shape(random)) {}
+
+  Case(std::mt19937& random, bool half_, const sp::AttentionShape& shape) : s(shape), half(half_) {
+    auto pick = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
     padded = pick(0, 1) == 1;
     std::normal_distribution<float> normal;
     auto fill = [&](std::vector<float>& to, std::vector<uint16_t>& to16, int64_t count) {
@@ -72,7 +80,7 @@ struct Case {
     if (s.pooled > 0) tail_bias.resize(rows * s.pooled);
     for (float& x : tail_bias) x = normal(random);
     tile_tokens.assign(s.tiles * s.tile_size, -1);
-    for (int64_t i = 0; i < patches; ++i) tile_tokens[i] = static_cast<int32_t>(s.prefix + i);
+    for (int64_t i = 0; i < s.tokens - s.prefix; ++i) tile_tokens[i] = static_cast<int32_t>(s.prefix + i);
     std::vector<int32_t> all(s.tokens);
     std::iota(all.begin(), all.end(), 0);
     for (int64_t r = 0; r < rows; ++r) {
