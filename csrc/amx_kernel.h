@@ -177,6 +177,15 @@ inline std::size_t attend_scratch_in_tiles(const TileTask& t) {
   return layout(t.width, kTileChunk, nullptr, &b);
 }
 
+// keys[width / 2][key_block] of pairs of bfloat16 from `count` rows of either type.
+template <class V>
+inline void pack_key_pairs(const void* const* rows, DType dtype, int count, int width, void* packed) {
+  uint32_t rounded[kKeyBlock<V>][64];
+  const void* pairs[kKeyBlock<V>];
+  for (int i = 0; i < count; ++i) pairs[i] = row_of_pairs(rows[i], dtype, width, rounded[i]);
+  pack_keys_as<V, Mode::dot>(pairs, count, width, packed);
+}
+
 // keys[tile_words(width)][key_block]: whole tiles of the right factor; words beyond the width hold zeros.
 template <class V>
 inline void pack_keys_in_tiles(const void* const* rows, DType dtype, int count, int width, void* packed) {

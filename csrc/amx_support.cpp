@@ -27,14 +27,16 @@ struct Matrix {
   std::vector<uint16_t> data;
   std::vector<const void*> rows;
 
-  // Normal numbers, cut to bfloat16.
+  // Normal numbers in steps of 1/32, the largest magnitude of each row 127/32: exact also where scores are products of
+  // bytes.
   Matrix(std::mt19937& random, int count, int width_) : width(width_), data(static_cast<std::size_t>(count * width_)) {
     std::normal_distribution<float> normal;
-    for (uint16_t& x : data) {
-      const float value = normal(random);
+    for (std::size_t i = 0; i < data.size(); ++i) {
+      const float steps = i % static_cast<std::size_t>(width) == 0 ? 127.0f : std::round(32.0f * normal(random));
+      const float value = std::clamp(steps, -127.0f, 127.0f) / 32.0f;
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
-      x = static_cast<uint16_t>(bits >> 16);
+      data[i] = static_cast<uint16_t>(bits >> 16);
     }
     for (int i = 0; i < count; ++i) rows.push_back(data.data() + i * width);
   }

@@ -48,9 +48,9 @@ std::string cpu_lacks(Level level) {
                  ? ""
                  : "this CPU has no AVX-512 F, BW, DQ and VL";
     case Level::avx512bf16:
-      return __builtin_cpu_supports("avx512bf16") && cpu_lacks(Level::avx512).empty()
+      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && cpu_lacks(Level::avx512).empty()
                  ? ""
-                 : "this CPU has no AVX-512 with bfloat16 products";
+                 : "this CPU has no AVX-512 with products of bfloat16 and of bytes (BF16, VNNI)";
     case Level::amx: {
       const std::string missing = cpu_lacks(Level::avx512bf16);
       return missing.empty() ? why_no_tiles() : missing;

@@ -10,12 +10,17 @@ void tile_keys(const TileKeys& p, int threads) {
   const Kernels& kernel = kernels();
   const int64_t block = kernel.key_block, blocks = (candidates + block - 1) / block;
   const int64_t step = block * kernel.key_words(p.dtype, static_cast<int>(p.width)) * 4;
+  const int64_t row_bytes = p.width * element_size(p.dtype);
   const Memory packed = allocate(heads * blocks * step);
   parallel_for(heads * blocks, threads, [&](int64_t item) {
     const int64_t head = item / blocks, first = item % blocks * block;
     const int count = static_cast<int>(std::min(block, candidates - first));
     const void* rows[kMaxKeyBlock];
-    for (int i = 0; i < count; ++i) rows[i] = row(p, p.k, head, p.first + first + i);
+    for (int i = 0; i < count; ++i) {
+      rows[i] = row(p, p.k, head, p.first + first + i);
+      // Rows of the packed projection lie a page or more apart, where the CPU does not foresee the next one.
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(rows[i]) + byte);
+    }
     kernel.pack_keys(rows, p.dtype, count, static_cast<int>(p.width), packed.get() + item * step);
   });
 

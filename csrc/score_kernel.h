@@ -3,8 +3,8 @@
 // anonymous namespace, after attend_kernel.h and topk_kernel.h.
 //
 // Here the keys lie in the lanes: they are transposed once per head, in blocks of `key_block` keys. Where the
-// instruction set has products of bfloat16, float32 keys and queries are rounded to it: only the order of the
-// scores counts.
+// instruction set has products of fewer bits, keys and queries are rounded to those (score_bytes_kernel.h, or bfloat16
+// in amx_kernel.h): only the order of the scores counts.
 
 template <class V>
 constexpr int kKeyBlock = V::vectors * V::lanes;
@@ -27,15 +27,6 @@ inline const uint32_t* row_of_pairs(const void* row, DType dtype, int width, uin
   if (dtype == DType::bfloat16) return static_cast<const uint32_t*>(row);
   narrow(static_cast<const float*>(row), reinterpret_cast<uint16_t*>(room), width);
   return room;
-}
-
-// keys[width / 2][key_block] of pairs of bfloat16 from `count` rows of either type.
-template <class V>
-inline void pack_key_pairs(const void* const* rows, DType dtype, int count, int width, void* packed) {
-  uint32_t rounded[kKeyBlock<V>][64];
-  const void* pairs[kKeyBlock<V>];
-  for (int i = 0; i < count; ++i) pairs[i] = row_of_pairs(rows[i], dtype, width, rounded[i]);
-  pack_keys_as<V, Mode::dot>(pairs, count, width, packed);
 }
 
 inline int64_t score_columns(const ScoreTask& t, int block) { return (t.candidates + block - 1) / block * block; }
@@ -189,20 +180,20 @@ inline void query_rows(const ScoreTask& t, int padded, const ScoreBuffers& b, co
   }
 }
 
+// With products of float32 (Mode::plain or Mode::convert). Returns false if a score is NaN.
 template <class V, Mode mode, class C>
 inline bool score_tiles(const ScoreTask& t, void* memory) {
   constexpr int NK = V::keys, block = kKeyBlock<V>;
   ScoreBuffers b;
   score_layout<V>(t, NK, static_cast<char*>(memory), &b);
-  const int words = mode == Mode::dot ? t.width / 2 : t.width;
   const int padded = (t.tiles * t.members + NK - 1) / NK * NK;
   const uint32_t* rows[kMaxScoreQueries + NK];
   const float bias[NK] = {};
   query_rows<mode>(t, padded, b, rows);
   const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
-  for (int64_t c = 0; c < b.columns; c += block, packed += words * block)
+  for (int64_t c = 0; c < b.columns; c += block, packed += t.width * block)
     for (int j = 0; j < padded; j += NK)
-      logits_of_keys<V, mode, V::vectors>(packed, words, rows + j, t.scale * 1.44269504088896341f, bias,
+      logits_of_keys<V, mode, V::vectors>(packed, t.width, rows + j, t.scale * 1.44269504088896341f, bias,
                                           b.logits + j * b.columns + c, b.columns);
-  return select_from_logits<V, mode == Mode::dot, C>(t, b);
+  return select_from_logits<V, false, C>(t, b);
 }

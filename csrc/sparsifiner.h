@@ -56,8 +56,8 @@ void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_
           int32_t* indices, int64_t out_stride, int32_t offset, int threads);
 
 // The keys each tile needs most, by its pooled queries: softmax(scale * q k^T) over the candidates
-// [first, N), merged over the tile's pooled queries by max or sum, and the `count` best selected. Levels with
-// products of bfloat16 (avx512bf16, amx) round float32 queries and keys to it first: there keys whose scores
+// [first, N), merged over the tile's pooled queries by max or sum, and the `count` best selected. Some levels round
+// queries and keys first, avx512bf16 to bytes times a factor of the row and amx to bfloat16: there keys whose scores
 // differ by less than that rounding may be taken for each other.
 struct TileKeys {
   int64_t batch, heads, tokens, width, tiles, members, first, count;

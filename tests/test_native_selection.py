@@ -17,7 +17,16 @@ pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.wh
 LEVELS = [*cpu.levels(), "amx_emulated"]
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING_LEVELS = [level for level in LEVELS if level in ("avx512bf16", "amx", "amx_emulated")]
-"""Those whose scores come from products of bfloat16."""
+"""Those whose scores come from products of bytes (avx512bf16) or of bfloat16."""
+
+
+def rounded_for_scores(level: str, x: torch.Tensor) -> torch.Tensor:
+    """Queries or keys as the level rounds them, in float64."""
+    if level != "avx512bf16":
+        return x.bfloat16().double()
+    largest = x.float().abs().amax(-1, keepdim=True)
+    # `127 / largest` would be the rounded reciprocal times 127, and differ in the last place.
+    return (x.float() * torch.tensor(127.0).div(largest)).round().double() * (largest / 127).double()
 
 score_rows = st.tuples(
     st.integers(1, 400),
@@ -135,7 +144,7 @@ def test_rounded_scores_select_the_best_keys(
     weighted: bool,
     seed: int,
 ) -> None:
-    """Of queries and keys rounded to bfloat16: no key left out beats a selected one by more than sums explain."""
+    """Of queries and keys as they are rounded: no key left out beats a selected one by more than sums explain."""
     g = torch.Generator().manual_seed(seed)
     pooled = torch.randn(2, 2, tiles, members, width, generator=g).to(dtype)
     k = torch.randn(2, 2, num_tokens, width, generator=g).to(dtype)
@@ -145,7 +154,8 @@ def test_rounded_scores_select_the_best_keys(
         got = native_tile_keys(pooled, k, weight, 1, count, width**-0.5, False).long()
     assert (got[..., 0] == 0).all()
     assert (got.diff(dim=-1) > 0).all()
-    logits = pooled.bfloat16().double() @ k[:, :, None, 1:].bfloat16().double().transpose(-1, -2) * width**-0.5
+    rounded_keys = rounded_for_scores(level, k)[:, :, None, 1:]
+    logits = rounded_for_scores(level, pooled) @ rounded_keys.transpose(-1, -2) * width**-0.5
     scores = logits.log_softmax(-1).amax(-2)
     if weight is not None:
         scores = scores + weight.double().log()[:, :, None]
@@ -154,6 +164,30 @@ def test_rounded_scores_select_the_best_keys(
     best_left = scores.masked_fill(chosen, -torch.inf).amax(-1)
     # A sum of exponentials is good to 1e-4, and two of them meet where queries are merged.
     assert (worst_chosen >= best_left - 3e-4).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("where", ["query", "key", "last key"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_no_numbers_are_refused(level: str, where: str, value: float) -> None:
+    pooled, k = torch.randn(2, 1, 1, 3, 2, 48)[0], torch.randn(1, 1, 70, 48)
+    row = {"query": pooled[0, 0, 1, 0], "key": k[0, 0, 5], "last key": k[0, 0, 69]}[where]
+    row[7:9] = torch.tensor([value, -value])  # the difference of two infinities is no number
+    pooled[..., 7:9], k[..., 7:9] = pooled[..., 7:9].abs(), k[..., 7:9].abs()
+    with cpu.force_level(level), pytest.raises(ValueError, match="hold NaN"):
+        native_tile_keys(pooled, k, None, 0, 7, 0.15, False)
+
+
+@pytest.mark.parametrize("level", ROUNDING_LEVELS)
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-33, 1e15])
+def test_tiny_and_huge_keys_can_be_scored(level: str, size: float) -> None:
+    pooled, k = torch.randn(1, 1, 3, 2, 48), torch.randn(1, 1, 70, 48) * size
+    with cpu.force_level(level):
+        chosen = native_tile_keys(pooled, k, None, 0, 7, 0.15, False)
+    assert (chosen.diff(dim=-1) > 0).all()
+    if size == 1e15:  # the best key by far has all of the probability
+        best = (pooled @ k.mT[:, :, None]).flatten(3).argmax(-1) % 70
+        assert (chosen == best[..., None]).any(-1).all()
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level not in ROUNDING_LEVELS])

@@ -101,9 +101,9 @@ def native_tile_keys(
 ) -> Tensor:
     """Score, merge and select in one pass, without ever holding all scores.
 
-    At the CPU levels with products of bfloat16 (``avx512bf16``, ``amx``) float32 queries and keys are rounded to it
-    for the scores, so keys whose scores are equal to within that rounding may be taken for each other there. The
-    attention over the selected keys is float32 as asked.
+    Some CPU levels round queries and keys for the scores, so keys whose scores are equal to within that rounding may
+    be taken for each other there: ``avx512bf16`` to integers of -127 to 127 times a factor of the row, ``amx`` to
+    bfloat16. Attention over the selected keys has the precision asked for.
 
     Args:
         pooled: pooled queries of each tile ``[B, H, T, G, D]``.
