@@ -110,7 +110,7 @@ CASES: dict[str, Callable[[], Any]] = {
         for rate in KEEP_RATES
     },
     "1024 px, bfloat16": partial(whole, SMALL, 1024, 0.1, torch.bfloat16, compiled=True, repeats=5),
-    "1024 px, float32": partial(whole, SMALL, 1024, 0.1, torch.float32, compiled=True, repeats=3),
+    "1024 px, float32": partial(whole, SMALL, 1024, 0.1, torch.float32, compiled=True, repeats=9),
     "1024 px, OpenVINO": lambda: openvino_dense(1024),
     "1036 px, ViT-S/14, bfloat16": partial(
         whole, "vit_small_patch14_dinov2", 1036, 0.1, torch.bfloat16, compiled=True, repeats=3

@@ -85,8 +85,11 @@ class Driver {
 
   void run(int threads) {
     const int64_t heads = s_.batch * s_.heads;  // of all images
+    if (heads == 0) return;
     const int64_t head_bytes = s_.tokens * 2 * static_cast<int64_t>(row_bytes_);
-    const int64_t together = std::clamp<int64_t>(kCopiedBytes / std::max<int64_t>(head_bytes, 1), 1, std::max<int64_t>(heads, 1));
+    // As few parts as the memory that is kept anyway allows, of about the same size.
+    const int64_t limit = std::max<int64_t>(1, static_cast<int64_t>(kKeptBytes) / std::max<int64_t>(1, head_bytes));
+    const int64_t parts = (heads + limit - 1) / limit, together = (heads + parts - 1) / parts;
     const Memory rows = allocate(together * head_bytes);
     rows_ = rows.get();
     for (first_head_ = 0; first_head_ < heads; first_head_ += together) {
@@ -104,7 +107,7 @@ class Driver {
   }
 
  private:
-  static constexpr int64_t kCopiedBytes = 16 << 20, kCopiedRows = 128;
+  static constexpr int64_t kCopiedRows = 128;
 
   // The key of a token, counted over the heads that are copied; its value follows.
   char* copied(int64_t head, int64_t token) const {
