@@ -28,6 +28,7 @@ def rounded_for_scores(level: str, x: torch.Tensor) -> torch.Tensor:
     # `127 / largest` would be the rounded reciprocal times 127, and differ in the last place.
     return (x.float() * torch.tensor(127.0).div(largest)).round().double() * (largest / 127).double()
 
+
 score_rows = st.tuples(
     st.integers(1, 400),
     st.integers(1, 400),
