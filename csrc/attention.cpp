@@ -1,9 +1,8 @@
 // Cuts an attention problem into tiles and hands each to the kernel of the active level.
 //
-// Keys and values are copied first, a few heads at a time. Where the model left them, rows of one head lie a
-// multiple of 256 bytes and a page apart: they evict each other from the first-level cache, and the addresses of a
-// tile's rows do not fit the processor's table of pages. Each row is read by many tiles (25 at 4,096 tokens and
-// keep 0.1), so the copy, a read and a write of each, pays for itself.
+// Keys and values are copied first, a few heads at a time: where the model left them, rows of one head lie a multiple of
+// 256 bytes apart and evict each other from the first-level cache. Each row is read by many tiles (25 at 4,096 tokens
+// and keep 0.1), so the copy, a read and a write of each, pays for itself.
 #include <algorithm>
 #include <cstring>
 #include <limits>

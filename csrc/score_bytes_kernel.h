@@ -99,12 +99,7 @@ inline bool score_in_bytes(const ScoreTask& t, void* memory) {
   const int words = t.width / 4, queries = t.tiles * t.members, padded = (queries + NQ - 1) / NQ * NQ;
   const uint32_t* rows[kMaxScoreQueries + NQ];
   float factors[kMaxScoreQueries + NQ];
-  for (int j = 0; j < padded; ++j) {
-    if (j >= queries) {  // the last one again
-      rows[j] = rows[queries - 1];
-      factors[j] = factors[queries - 1];
-      continue;
-    }
+  for (int j = 0; j < queries; ++j) {
     float room[128];
     const float* row = row_of_floats(t.q[j], t.dtype, t.width, room);
     const ByteFactors of_row = byte_factors(row, t.width);
@@ -113,6 +108,10 @@ inline bool score_in_bytes(const ScoreTask& t, void* memory) {
     for (int w = 0; w < words; ++w) bytes[w] ^= 0x80808080u;  // adds 128 to each byte
     rows[j] = bytes;
     factors[j] = of_row.scale * t.scale * 1.44269504088896341f;
+  }
+  for (int j = queries; j < padded; ++j) {  // the last one again
+    rows[j] = rows[queries - 1];
+    factors[j] = factors[queries - 1];
   }
   const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
   for (int64_t c = 0; c < b.columns; c += block, packed += byte_key_words(t.dtype, t.width) * block)
