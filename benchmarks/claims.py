@@ -9,13 +9,12 @@ multiply-adds on attention (the cheapest such row of the same stage).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
-from pathlib import Path
+
+from sweep_rows import points, read_arguments, saved
 
 from sparsifiner.evaluation import Row
 from sparsifiner.evaluation.cell import STAGES
-from sparsifiner.evaluation.results import load_rows
 
 OURS = ("paper", "sparsifiner")
 FIXED = ("local", "strided", "random", "local-no-tail", "strided-no-tail", "random-no-tail", "linformer")
@@ -27,12 +26,7 @@ SAVED = (0.48, 0.69)  # share of the multiply-adds of attention
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    rows = list(load_rows(parser.parse_args().folder).values())
-    dense = next((row for row in rows if row.cell.method == "dense"), None)
-    if dense is None:
-        raise SystemExit("the sweep holds no dense row")
+    rows, dense = read_arguments(__doc__)
     lines = [
         f"**Drop within {ALLOWED} points where {SAVED[0]:.0%} to {SAVED[1]:.0%} of MHSA is saved.**",
         "",
@@ -54,15 +48,15 @@ def small_drop(rows: Iterable[Row], dense: Row, methods: Iterable[str], least: f
         "|---|---|---|---|---|---|---|",
     ]
     for row in _ordered(row for row in rows if row.cell.method in methods):
-        saved = 1 - row.mhsa_macs / dense.mhsa_macs
-        if saved < least:
+        share = saved(row, dense)
+        if share < least:
             continue
         drop, (low, high) = row.drop_from(dense)
         verdict = _verdict(100 * high <= ALLOWED, 100 * low > ALLOWED)
-        beyond = "" if saved <= most else " (saves more than the claim)"
+        beyond = "" if share <= most else " (saves more than the claim)"
         lines.append(
-            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {saved:.1%} | {row.images} "
-            f"| {_points(drop, low, high)} | {verdict}{beyond} |"
+            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {share:.1%} | {row.images} "
+            f"| {points(drop, (low, high), digits=2)} | {verdict}{beyond} |"
         )
     return lines
 
@@ -91,7 +85,7 @@ def better_than_fixed(rows: Iterable[Row]) -> list[str]:
             gain, (low, high) = other.drop_from(row)
             lines.append(
                 f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {row.mhsa_macs / 1e6:.1f} | {name} "
-                f"| {other.cell.keep_rate:g} | {other.mhsa_macs / 1e6:.1f} | {_points(gain, low, high)} "
+                f"| {other.cell.keep_rate:g} | {other.mhsa_macs / 1e6:.1f} | {points(gain, (low, high), digits=2)} "
                 f"| {_verdict(low > 0, high < 0)} |"
             )
     return lines
@@ -99,10 +93,6 @@ def better_than_fixed(rows: Iterable[Row]) -> list[str]:
 
 def _ordered(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.cell.method, STAGES.index(row.cell.stage), -row.cell.keep_rate))
-
-
-def _points(value: float, low: float, high: float) -> str:
-    return f"{100 * value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def _verdict(confirmed: bool, refuted: bool) -> str:

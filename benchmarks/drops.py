@@ -4,31 +4,26 @@
 
 The folder is one of ``sparsifiner pareto``. A cell is points of top-1 lost against the dense model with the 95 %
 interval for paired answers, the share of attention's multiply-adds that is saved, and in brackets the number of images
-where it is not the usual one of the stage. What was not measured stays empty.
+where it is not the usual one of the stage. What was not measured stays empty. With ``--against fine-tuned`` drops are
+against the dense model after the same fine-tuning.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
-from pathlib import Path
 
-from sparsifiner.evaluation import Cell, Row
+from sweep_rows import points, read_arguments, saved
+
+from sparsifiner.evaluation import Row
 from sparsifiner.evaluation.cell import STAGES
-from sparsifiner.evaluation.results import load_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    rows = load_rows(parser.parse_args().folder)
-    dense = rows.get(Cell("dense", 1.0))
-    if dense is None:
-        raise SystemExit("the sweep holds no dense row")
+    rows, dense = read_arguments(__doc__)
     low, high = dense.interval
     print(f"dense: {dense.top1:.2%} [{100 * low:.2f}, {100 * high:.2f}] on {dense.images} images")
     for stage in STAGES:
-        found = [row for row in rows.values() if row.cell.stage == stage and row is not dense]
+        found = [row for row in rows if row.cell.stage == stage and row is not dense]
         if found:
             print("\n".join(["", f"**{stage}**", "", *table(found, dense)]))
 
@@ -47,10 +42,8 @@ def table(rows: list[Row], dense: Row) -> list[str]:
 
 
 def entry(row: Row, dense: Row, usual: int) -> str:
-    drop, (low, high) = row.drop_from(dense)
-    saved = 1 - row.mhsa_macs / dense.mhsa_macs
     images = "" if row.images == usual else f" ({row.images})"
-    return f"{100 * drop:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {saved:.0%}{images}"
+    return f"{points(*row.drop_from(dense), digits=1)}, {saved(row, dense):.0%}{images}"
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def test_all_methods_train_and_are_read_back(sweep, tmp_path):
     everything = sweep(methods=tuple(METHODS), keep_rates=(0.5,), stages=("fine-tuned",), recipe=RECIPE, num_images=8)
     rows = run_sweep(everything, tmp_path)
     assert {row.cell.method for row in rows} == set(METHODS)
+    assert sum(row.cell.method == "dense" for row in rows) == 2
     for row in rows[1:]:
         assert row.seconds > 0
         weights = load_file(tmp_path / "cells" / row.cell.name / "model" / "model.safetensors")
@@ -168,7 +169,7 @@ def test_the_command_writes_table_and_figures(classifier, folder_of_images, tmp_
     out = tmp_path / "out"
     arguments = [
         "pareto", "--model", classifier, "--data", folder_of_images, "--img-size", 32, "--workers", 0, "--batch-size",
-        8, "--methods", "sparsifiner,tome", "--keep-rate", "0.5,0.2", "--stages", "training-free,fine-tuned",
+        8, "--methods", "dense,sparsifiner,tome", "--keep-rate", "0.5,0.2", "--stages", "training-free,fine-tuned",
         "--recipe", recipe, "--num-images", 12, "--repeats", 1, "--output", out, "phases.1.steps=1",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
@@ -177,8 +178,10 @@ def test_the_command_writes_table_and_figures(classifier, folder_of_images, tmp_
     assert stop.value.code == 0
     assert all(word in printed for word in ("tome", "fine-tuned", "12 images", "written:", "pareto-macs.png"))
     rows = list(csv.DictReader((out / "pareto.csv").read_text().splitlines()))
-    assert len(rows) == 9
-    assert [float(row["mhsa_saved"]) > 0 for row in rows[1:]] == [True] * 8
+    assert len(rows) == 10
+    dense = [row for row in rows if row["method"] == "dense"]
+    assert [(row["stage"], row["keep_rate"]) for row in dense] == [("training-free", "1.0"), ("fine-tuned", "1.0")]
+    assert [float(row["mhsa_saved"]) > 0 for row in rows] == [row["method"] != "dense" for row in rows]
     assert float(rows[0]["drop"]) == 0
     assert rows[-1]["note"].startswith("no predictor to train; merged tokens")
     for name in ("pareto-macs.png", "pareto-ms.png"):

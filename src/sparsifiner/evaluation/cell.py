@@ -52,6 +52,10 @@ class Cell:
         return config is not None and config(self.keep_rate).predictor == "lowrank"
 
 
+DENSE = Cell("dense", 1.0)
+"""The model that a sweep starts from, as it is: what all others are compared with."""
+
+
 @dataclass
 class Row:
     """What was measured of a cell. Images come in one order for all cells, so rows compare image by image.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import write_atomically
 from ..methods import METHODS
-from .cell import STAGES, Row
+from .cell import DENSE, STAGES, Row
 
 POINTS_BELOW = 15
 """How far below the dense model the y axis reaches; rows below it are in the table only."""
@@ -52,22 +52,28 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    stages = [stage for stage in STAGES if any(row.cell.stage == stage and row.cell.method != "dense" for row in rows)]
-    methods = [name for name in METHODS if name != "dense" and any(row.cell.method == name for row in rows)]
+    stages = [stage for stage in STAGES if any(row.cell.stage == stage and row.cell != DENSE for row in rows)]
+    methods = [name for name in METHODS if name != DENSE.method and any(row.cell.method == name for row in rows)]
     figure = Figure(figsize=(1.8 + 4.2 * len(stages), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(stages), sharex=True, sharey=True, squeeze=False)[0]
-    dense = next(row for row in rows if row.cell.method == "dense")
+    dense = next(row for row in rows if row.cell == DENSE)
     for panel, stage in zip(panels, stages, strict=True):
         low, high = dense.interval
         panel.axhspan(100 * low, 100 * high, color="0.9", zorder=0)
         panel.plot(value(dense), 100 * dense.top1, "k*", markersize=11, label="dense")
+        for row in rows:
+            if row.cell.method == DENSE.method and row.cell.stage == stage != DENSE.stage:
+                _line(panel, [row], dense, value, label=f"dense, {stage}", marker="*", color="k")
         for method in methods:
             number = list(METHODS).index(method)  # so that a method looks the same in every figure
             found = [row for row in rows if row.cell.method == method and row.cell.stage == stage]
             found.sort(key=lambda row: row.cell.keep_rate)
             if found:
-                _line(panel, found, dense, value, number)
+                _line(
+                    panel, found, dense, value, label=method, marker="os^vDPX"[number % 7], color=f"C{number % 10}",
+                    linestyle="-" if number < 10 else "--",
+                )  # fmt: skip
         panel.set(xlabel=label, title=stage)
         panel.grid(alpha=0.3)
     floor = 100 * dense.top1 - POINTS_BELOW
@@ -85,12 +91,11 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
     return image.getvalue()
 
 
-def _line(panel: Any, rows: Sequence[Row], dense: Row, value: Callable[[Row], Any], number: int) -> None:
+def _line(panel: Any, rows: Sequence[Row], dense: Row, value: Callable[[Row], Any], **looks: str) -> None:
     """One method from its lowest keep rate to its highest."""
     drops = [row.drop_from(dense) for row in rows]
     bars = [[100 * (high - drop) for drop, (_, high) in drops], [100 * (drop - low) for drop, (low, _) in drops]]
     panel.errorbar(
-        [value(row) for row in rows], [100 * (dense.top1 - drop) for drop, _ in drops], yerr=bars,
-        marker="os^vDPX"[number % 7], markersize=4, linewidth=1.2, elinewidth=0.8, capsize=2, color=f"C{number % 10}",
-        linestyle="-" if number < 10 else "--", label=rows[0].cell.method,
+        [value(row) for row in rows], [100 * (dense.top1 - drop) for drop, _ in drops], yerr=bars, markersize=4,
+        linewidth=1.2, elinewidth=0.8, capsize=2, **looks,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-from .cell import Cell, Row
+from .cell import DENSE, Cell, Row
 
 RESULTS = "pareto.json"
 TABLE = "pareto.csv"
@@ -58,7 +58,7 @@ def save_rows(folder: Path, purpose: dict[str, Any], rows: Iterable[Row]) -> Non
 
 def table_row(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
     """One line of the table; drops are against the dense model on the same images, shares in percent."""
-    dense = next((other for other in rows if other.cell.method == "dense" and other.images), row)
+    dense = next((other for other in rows if other.cell == DENSE and other.images), row)
     drop, (low, high) = row.drop_from(dense)
     top1_low, top1_high = row.interval
     return {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..training.recipe import DataConfig, TrainConfig
-from .cell import STAGES, Cell
+from .cell import DENSE, STAGES, Cell
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Sweep:
     Args:
         model: a dense model with a classifier: ``builtin``, a timm name, or a folder ``train`` wrote. The teacher too.
         data: labelled images; ``val_split`` is measured on, ``train_split`` calibrates and trains.
-        methods: names of :data:`sparsifiner.methods.METHODS`; ``dense`` is always measured.
+        methods: names of :data:`sparsifiner.methods.METHODS`. The dense model as it is is always measured; naming
+            ``dense`` fine-tunes it, too, which shows what the steps alone are worth.
         keep_rates: of each method.
         stages: any of :data:`STAGES`. Only sparse attention can be calibrated; all methods can be fine-tuned, those
             with a predictor to learn from where calibration leaves them.
@@ -64,11 +65,12 @@ class Sweep:
 
     def cells(self) -> list[Cell]:
         """Dense first, then method by method, each stage by itself; what a method has no stage for is left out."""
-        cells = [Cell("dense", 1.0)]
+        cells = [DENSE]
         for stage in sorted(self.stages, key=STAGES.index):
             for method in self.methods:
-                found = [Cell(method, rate, stage) for rate in self.keep_rates]
-                cells += [cell for cell in found if method != "dense" and (stage != "calibrated" or cell.sparse)]
+                rates = (1.0,) if method == DENSE.method else self.keep_rates
+                found = [Cell(method, rate, stage) for rate in rates]
+                cells += [cell for cell in found if stage != "calibrated" or cell.sparse]
         return list(dict.fromkeys(cells))
 
     def purpose(self) -> dict[str, Any]:
