@@ -8,6 +8,7 @@ import numpy
 import pytest
 import timm
 import torch
+from conftest import lively
 from PIL import Image
 
 import sparsifiner
@@ -113,6 +114,19 @@ def test_maps_are_the_dense_attention_and_the_kept_keys(models):
         torch.testing.assert_close(first.mass[number], (weights * mask)[:, token].sum(-1).mean())
     assert first.tiles == [(0, 0, 4, 4), (4, 4, 2, 2)]
     assert all(layer.observer is None for layer in sparsifiner.sparse_layers(sparse).values())
+
+
+def test_maps_of_a_model_with_relative_positions_show_them():
+    dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=1))
+    sparse = sparsifiner.sparsify(dense, SparsifinerConfig(dense_below=0, keep_rate=0.25, query_tile=(2, 2)))
+    seen = {}
+    dense.blocks[0].attn.fused_attn = False
+    dense.blocks[0].attn.attn_drop.register_forward_hook(lambda module, inputs, out: seen.update(attention=out))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        dense(x)
+    attention = attention_maps(dense, sparse, x, queries=[(1, 2)]).layers[0].attention
+    torch.testing.assert_close(attention[0].flatten(), seen["attention"][0, :, 1 + 4 + 2, 1:].mean(0))
 
 
 def test_maps_refuse_what_they_cannot_show(models):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from conftest import lively
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,12 +52,14 @@ def test_logit_distillation_is_the_divergence_from_the_teacher():
     assert losses.logit_distillation(teacher, teacher) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [2**26, 4096])
-def test_attention_reconstruction_in_whole_or_in_chunks(monkeypatch, chunk_bytes):
+def test_attention_reconstruction_in_whole_or_in_chunks(monkeypatch, chunk_bytes, biased):
     monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
     predictor, q, k, tiling = setting()
-    loss = losses.attention_reconstruction(predictor, q, k, q, k, tiling, 0.25)
-    attention = (q @ k.transpose(-1, -2) * 0.25).softmax(-1)[:, :, 1:].detach()
+    bias = torch.randn(1, 3, 65, 65) if biased else torch.zeros(1, 3, 65, 65)
+    loss = losses.attention_reconstruction(predictor, q, k, q, k, tiling, 0.25, bias if biased else None)
+    attention = (q @ k.transpose(-1, -2) * 0.25 + bias).softmax(-1)[:, :, 1:].detach()
     expected = (scores_of(predictor, q.detach(), k.detach(), tiling) - attention).square().sum() / 2
     assert torch.allclose(loss, expected, rtol=1e-5)
     got = torch.autograd.grad(loss, list(predictor.parameters()))
@@ -126,6 +129,29 @@ def test_the_reconstruction_phase_runs_dense_and_trains_the_predictor_alone(tiny
     objective(x, None)[0].backward()
     got = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert got == {name for name, _ in student.named_parameters() if ".predictor." in name}
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_attention_to_imitate_has_the_models_biases(images, taught):
+    dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=1))
+    seen = {}
+    dense.blocks[0].attn.fused_attn = False
+    handle = dense.blocks[0].attn.attn_drop.register_forward_hook(
+        lambda module, inputs, out: seen.update(attention=out)
+    )
+    x = images(2, 3, 64, 64)
+    dense(x)
+    handle.remove()
+    student = sparsifiner.sparsify(dense, SparsifinerConfig.paper(0.2))
+    enter_phase(student, PhaseConfig("attn_recon", steps=1))
+    layer = student.blocks[0].attn
+    with sparsifiner.record(student, tensors=True) as own:
+        student(x)
+    q, k = own["blocks.0.attn"].q, own["blocks.0.attn"].k
+    scores = scores_of(layer.predictor, q, k, layer.tiling(q.shape[2]))
+    expected = (scores - seen["attention"][:, :, 1:]).square().sum() / 2
+    _, parts = Objective(student, dense if taught else None, {"attn_recon": 1.0})(x, None)
+    assert parts["attn_recon"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"predictor": "lowrank", "n_down": 8}])

@@ -17,8 +17,9 @@ from .ops import sparse_attention
 from .predictors import Predictor, build_predictor
 from .tiling import Tiling
 
-Observer = Callable[["SparseAttention", Tensor, Tensor, Tensor, "Connectivity | None"], None]
-"""Called with the layer, q, k, v and the connectivity (None while attention runs dense)."""
+Observer = Callable[["SparseAttention", Tensor, Tensor, Tensor, "Tensor | None", "Connectivity | None"], None]
+"""Called with the layer, q, k, v, the bias of the logits or None, and the connectivity (None while attention runs
+dense)."""
 
 
 class SparseAttention(nn.Module):
@@ -101,10 +102,10 @@ class SparseAttention(nn.Module):
         """Predict the connectivity and attend sparsely, ``[B, H, N, D]`` to ``[B, H, N, D]``."""
         tiling = self.tiling(q.shape[2])
         if self.runs_dense(q, tiling, attn_bias):
-            self._observe(q, k, v, None)
+            self._observe(q, k, v, attn_bias, None)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=self.scale)
         connectivity = self.predictor(q, k, v, tiling, self.scale, attn_bias)
-        self._observe(q, k, v, connectivity)
+        self._observe(q, k, v, attn_bias, connectivity)
         tail = None
         if self.config.tail is not None:
             tail = pool_tail(k, v, connectivity, self.config.tail, self.predictor.tail_offset)
@@ -137,9 +138,11 @@ class SparseAttention(nn.Module):
             )
         return tiling
 
-    def _observe(self, q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity | None) -> None:
+    def _observe(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, connectivity: Connectivity | None
+    ) -> None:
         if self.observer is not None:
-            self.observer(self, q, k, v, connectivity)
+            self.observer(self, q, k, v, attn_bias, connectivity)
 
     def extra_repr(self) -> str:
         settings = self.config

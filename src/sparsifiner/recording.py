@@ -24,12 +24,14 @@ class LayerRecord:
         q: queries ``[B, H, N, D]`` as attention used them, or None unless tensors were asked for.
         k: keys, likewise.
         v: values, likewise.
+        attn_bias: added to the logits, ``[1 or B, 1 or H, N, N]``, likewise; None also where the layer has no bias.
     """
 
     connectivity: Connectivity | None
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+    attn_bias: Tensor | None = None
 
 
 @contextmanager
@@ -41,14 +43,16 @@ def record(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, Lay
 
     Args:
         model: a sparse model.
-        tensors: keep q, k and v as well; they stay in memory as long as the records do.
+        tensors: keep q, k, v and the bias as well; they stay in memory as long as the records do.
     """
     layers = sparse_layers(model)
     names = {id(layer): name for name, layer in layers.items()}
     seen: dict[str, LayerRecord] = {}
 
-    def observe(layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity | None) -> None:
-        kept = (q, k, v) if tensors else ()
+    def observe(
+        layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, connectivity: Connectivity | None
+    ) -> None:
+        kept = (q, k, v, bias) if tensors else ()
         seen[names[id(layer)]] = LayerRecord(connectivity, *kept)
 
     previous = {name: layer.observer for name, layer in layers.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,9 +88,14 @@ def attention_maps(
     wanted = {names[number]: number for number in chosen}
     kept: dict[str, Connectivity] = {}
 
-    def keep(name: str, layer: SparseAttention, q: Tensor, k: Tensor, connectivity: Connectivity | None) -> None:
-        if connectivity is not None:
-            kept[name] = connectivity
+    def keep(name: str) -> Observer:
+        def observe(
+            layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, found: Connectivity | None
+        ) -> None:
+            if found is not None:
+                kept[name] = found
+
+        return observe
 
     with torch.no_grad(), _observing(sparse, wanted, keep):
         sparse(x)
@@ -105,9 +110,16 @@ def attention_maps(
     tokens = torch.tensor([tiling.num_prefix_tokens + y * columns + z for y, z in queries], device=x.device)
     weights: dict[str, Tensor] = {}
 
-    def attend(name: str, layer: SparseAttention, q: Tensor, k: Tensor, connectivity: Connectivity | None) -> None:
-        logits = q[0][:, tokens].float() @ k[0].float().transpose(-1, -2) * layer.scale
-        weights[name] = logits.softmax(-1).cpu()  # [H, Q, N]
+    def attend(name: str) -> Observer:
+        def observe(
+            layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, found: Connectivity | None
+        ) -> None:
+            logits = q[0][:, tokens].float() @ k[0].float().transpose(-1, -2) * layer.scale
+            if bias is not None:
+                logits = logits + bias[0][:, tokens].float()
+            weights[name] = logits.softmax(-1).cpu()  # [H, Q, N]
+
+        return observe
 
     twin = observable_twin(dense)
     with torch.no_grad(), _observing(twin, wanted, attend):
@@ -140,12 +152,8 @@ def _layer_map(
 
 
 @contextmanager
-def _observing(model: nn.Module, names: dict[str, int], see) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    """Let ``see(name, layer, q, k, connectivity)`` watch the named layers, so that nothing else is kept."""
-
-    def observer(name: str) -> Observer:
-        return lambda layer, q, k, v, connectivity: see(name, layer, q, k, connectivity)
-
+def _observing(model: nn.Module, names: dict[str, int], observer: Callable[[str], Observer]) -> Iterator[None]:
+    """Let ``observer(name)`` watch each of the named layers, so that nothing else is kept."""
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in names}
     previous = {name: layer.observer for name, layer in layers.items()}
     try:

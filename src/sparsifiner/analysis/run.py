@@ -260,11 +260,6 @@ def _notes(settings: Settings, photos: Photos, sparse: nn.Module) -> list[str]:
         )
     if settings.config is not None and settings.config.predictor == "oracle":
         notes.append("The oracle looks at the dense attention map: it bounds the fidelity and cannot be faster.")
-    if any(
-        getattr(layer, "relative_position_bias_table", None) is not None or getattr(layer, "rel_pos", None) is not None
-        for layer in sparse_layers(sparse).values()
-    ):
-        notes.append("The pictures show attention without the model's relative position bias.")
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if settings.repeats and load > 1.5 * cores:
         notes.append(

@@ -75,7 +75,14 @@ def token_labels(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention_reconstruction(
-    predictor: LowRankPredictor, q: Tensor, k: Tensor, target_q: Tensor, target_k: Tensor, tiling: Tiling, scale: float
+    predictor: LowRankPredictor,
+    q: Tensor,
+    k: Tensor,
+    target_q: Tensor,
+    target_k: Tensor,
+    tiling: Tiling,
+    scale: float,
+    target_bias: Tensor | None = None,
 ) -> Tensor:
     """Squared difference between the predictor's scores and an attention map (Wei et al., section 3.3).
 
@@ -91,13 +98,16 @@ def attention_reconstruction(
         target_k: its keys.
         tiling: the patch grid.
         scale: factor on the logits of that attention.
+        target_bias: added to them, ``[1 or B, 1 or H, N, N]``, or None.
     """
     prefix = tiling.num_prefix_tokens
     rows_q, keys = target_q[:, :, prefix:].detach(), target_k.detach().transpose(-1, -2)
 
     def squared_error(scores: Tensor, start: int, stop: int) -> Tensor:
-        attention = (rows_q[:, :, start:stop] @ keys * scale).float().softmax(-1)
-        return (scores.float() - attention).square().sum()
+        logits = (rows_q[:, :, start:stop] @ keys * scale).float()
+        if target_bias is not None:
+            logits = logits + target_bias[:, :, prefix + start : prefix + stop].detach().float()
+        return (scores.float() - logits.softmax(-1)).square().sum()
 
     return over_score_rows(predictor, q, k, tiling, squared_error) / q.shape[0]
 

@@ -120,22 +120,26 @@ class Objective(nn.Module):
                 parts["l1_basis"].append(losses.basis_size(predictor))
             if path not in seen:
                 continue
-            q, k = seen[path].q, seen[path].k
+            own = seen[path]
+            q, k = own.q, own.k
             assert q is not None
             assert k is not None
             tiling = layer.tiling(q.shape[2])
-            arguments = predictor, q, k
+            targets = {"attn_self_distill": own}
             if "attn_recon" in parts:
-                target_q, target_k = (q, k) if taught is None else taught.attention(number, q, len(layers))
-                loss = losses.attention_reconstruction(*arguments, target_q, target_k, tiling, layer.scale)
-                parts["attn_recon"].append(loss)
-            if "attn_self_distill" in parts:
-                loss = losses.attention_reconstruction(*arguments, q, k, tiling, layer.scale)
-                parts["attn_self_distill"].append(loss)
+                targets["attn_recon"] = own if taught is None else taught.attention(number, q, len(layers))
+            for name, target in targets.items():
+                if name in parts:
+                    assert target.q is not None
+                    assert target.k is not None
+                    loss = losses.attention_reconstruction(
+                        predictor, q, k, target.q, target.k, tiling, layer.scale, target.attn_bias
+                    )
+                    parts[name].append(loss)
             if "least_k" in parts:
-                parts["least_k"].append(losses.least_scores(*arguments, tiling))
+                parts["least_k"].append(losses.least_scores(predictor, q, k, tiling))
             if "ratio" in parts:
-                parts["ratio"].append(losses.kept_ratio(*arguments, tiling))
+                parts["ratio"].append(losses.kept_ratio(predictor, q, k, tiling))
         return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
@@ -145,15 +149,15 @@ class Taught:
     Args:
         tokens: patch tokens ``[B, P, C]``.
         logits: ``[B, classes]``.
-        seen: queries and keys of its attention layers, where asked for.
+        seen: queries, keys and biases of its attention layers, where asked for.
     """
 
     def __init__(self, tokens: Tensor, logits: Tensor, seen: Mapping[str, LayerRecord]) -> None:
         self.tokens, self.logits = tokens, logits
         self._layers = list(seen.values())
 
-    def attention(self, number: int, q: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys ``[B, H, N, D]`` of a layer, checked against the student's."""
+    def attention(self, number: int, q: Tensor, layers: int) -> LayerRecord:
+        """What attention of a layer is made of, checked against the student's queries ``[B, H, N, D]``."""
         if len(self._layers) != layers:
             raise ValueError(
                 f"attn_recon needs a teacher with as many attention layers as the student: {layers}, "
@@ -161,13 +165,12 @@ class Taught:
             )
         seen = self._layers[number]
         assert seen.q is not None
-        assert seen.k is not None
         if seen.q.shape[:3] != q.shape[:3]:
             raise ValueError(
                 f"attn_recon needs a teacher with the student's heads and tokens: {list(q.shape[1:3])}, "
                 f"got {list(seen.q.shape[1:3])}"
             )
-        return seen.q, seen.k
+        return seen
 
 
 class Teacher:
@@ -175,7 +178,7 @@ class Teacher:
 
     Args:
         model: in evaluation mode from now on.
-        attention: whether queries and keys are wanted as well.
+        attention: whether what its attention is made of is wanted as well.
     """
 
     def __init__(self, model: nn.Module, *, attention: bool) -> None:
