@@ -169,6 +169,14 @@ def test_merging_keeps_the_distillation_token_and_the_names(tiny_vit, images):
     assert set(plain.state_dict()) == set(model.blocks[0].state_dict())
 
 
+def test_merging_compiles_into_one_graph(tiny_vit, images):
+    model, x = merge_tokens(tiny_vit(depth=2), 5), images(2, 3, 32, 32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_merging_and_sparse_attention_exclude_each_other(tiny_vit):
     with pytest.raises(ValueError, match="tokens are merged"):
         sparsify(merge_tokens(tiny_vit(), 4))

@@ -140,6 +140,22 @@ def test_a_batch_gives_what_its_images_give_alone(tiny_vit, images, name, fuse):
             assert torch.equal(kept_patches(model)[0], kept[number])
 
 
+@pytest.mark.filterwarnings("error:Dynamo")
+@pytest.mark.parametrize("name", ["dense", "paper", "tiles and tail"])
+def test_compiles_into_one_graph(tiny_vit, images, name):
+    model = prune_tokens(tiny_vit(depth=3), keep_rate=0.6, layers=(0, 1), fuse=True)
+    if CONFIGS[name] is not None:
+        model = sparsify(model, CONFIGS[name])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first, second = images(4, 3, 32, 32).chunk(2)
+    with torch.no_grad():
+        for x in (first, second):
+            want, kept = model(x), kept_patches(model)
+            torch.testing.assert_close(compiled(x), want, **CLOSE)
+            assert torch.equal(kept_patches(model), kept)
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "dense"])
 def test_all_keys_kept_is_dense_attention_among_the_survivors(tiny_vit, images, name, fuse):

@@ -97,16 +97,21 @@ class SubsetTiling(Tiling):
 
 def z_order(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Place of each patch along the Z-order (Morton) curve of the grid, int64 ``[num_patches]``, with gaps."""
-    return _z_order(grid).to(device)
+    make = _make_z_order if torch.compiler.is_compiling() else _cached_z_order
+    return make(grid).to(device)
+
+
+def _make_z_order(grid: tuple[int, int]) -> Tensor:
+    row = torch.arange(grid[0])[:, None]
+    column = torch.arange(grid[1])[None, :]
+    place = torch.zeros(grid, dtype=torch.int64)
+    for bit in range(max(grid).bit_length()):
+        place += ((column >> bit) & 1) << (2 * bit)
+        place += ((row >> bit) & 1) << (2 * bit + 1)
+    return place.flatten()
 
 
 @lru_cache(maxsize=64)
-def _z_order(grid: tuple[int, int]) -> Tensor:
+def _cached_z_order(grid: tuple[int, int]) -> Tensor:
     with torch.inference_mode(False):
-        row = torch.arange(grid[0])[:, None]
-        column = torch.arange(grid[1])[None, :]
-        place = torch.zeros(grid, dtype=torch.int64)
-        for bit in range(max(grid).bit_length()):
-            place += ((column >> bit) & 1) << (2 * bit)
-            place += ((row >> bit) & 1) << (2 * bit + 1)
-        return place.flatten()
+        return _make_z_order(grid)
