@@ -51,9 +51,10 @@ class SparsifinerConfig:
         reduce_c_factor: ``lowrank`` only: head width divided by the predictor's width.
         scale: ``lowrank`` only: factor on the predictor's logits; ``"head_dim"`` is
             ``(head_dim / reduce_c_factor) ** -0.5``, ``"num_heads"`` the authors' ``num_heads ** -0.5``.
-        coef_topk: ``lowrank`` only: coefficients kept per row, or None.
+        coef_topk: ``lowrank`` only: coefficients kept per row, or all with None. The paper keeps 8, which leaves most
+            keys of a tile without a score; nothing computes less for it.
         coef_threshold: ``lowrank`` only: coefficients at or below it become zero, or None.
-        basis_threshold: ``lowrank`` only: entries of ``|W_up|`` at or below it become zero.
+        basis_threshold: ``lowrank`` only: entries of ``|W_up|`` at or below it become zero; 0.02 in the paper.
         score_threshold: ``lowrank`` only: keep every key that scores above it, instead of the top
             ``keep_rate``.
         share_basis: ``lowrank`` only: one matrix serves as ``W_down`` and ``W_up``.
@@ -82,9 +83,9 @@ class SparsifinerConfig:
     n_down: int | None = None
     reduce_c_factor: int = 2
     scale: float | Literal["head_dim", "num_heads"] = "head_dim"
-    coef_topk: int | None = 8
+    coef_topk: int | None = None
     coef_threshold: float | None = None
-    basis_threshold: float = 0.02
+    basis_threshold: float = 0.0
     score_threshold: float | None = None
     share_basis: bool = False
     attn_recon: bool = False
@@ -137,8 +138,9 @@ class SparsifinerConfig:
         every size, since per-token connectivity is there to be studied: it is not faster on a CPU.
         """
         settings: dict[str, Any] = dict(
-            predictor="lowrank", query_tile=(1, 1), tail=None, keep_prefix=False, scale="num_heads", dense_below=0
-        )
+            predictor="lowrank", query_tile=(1, 1), tail=None, keep_prefix=False, scale="num_heads", coef_topk=8,
+            basis_threshold=0.02, dense_below=0,
+        )  # fmt: skip
         return cls(keep_rate=keep_rate, **{**settings, **changes})
 
     def replace(self, **changes: Any) -> SparsifinerConfig:

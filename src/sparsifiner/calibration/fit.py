@@ -32,7 +32,7 @@ KeepRates = Literal["given", "per_layer"]
 Start = Literal["spectral", "current"]
 
 QUERIES = 384  # per image and layer, where attention is computed densely
-BUDGET_IMAGES = 8  # each costs as many partial passes as there are layers and measured rates
+FEW_IMAGES = 8  # for what costs several passes of each: keep rates per layer, and the choice of predictor
 SAVE_SECONDS = 20.0
 
 
@@ -54,7 +54,8 @@ def calibrate(
     """Fit ``model``'s predictors and tail to its own dense attention; its other weights stay.
 
     What is fitted: a ``lowrank`` predictor starts in closed form (``calibration/spectral.py``) and then follows the
-    paper's reconstruction loss, per tile and aware of the tail where there is one; a tail gets an offset of its
+    paper's reconstruction loss, per tile and aware of the tail where there is one; each layer keeps whichever of the
+    two leaves the smaller error of the attention output; a tail gets an offset of its
     logits per head, chosen by the error of the attention output; and with ``keep_rates="per_layer"`` the layers
     share the budget of keys by the error each was measured to cause. ``model`` is changed at the very end, all at
     once; its keep rate can be changed afterwards, but the offsets are best at the rate they were fitted for.
@@ -162,10 +163,42 @@ class _Run:
             for key, parameter in fit.named_parameters()
             if key != "tail_offset"
         }
+        starts = {name: copy.deepcopy(fit.state_dict()) for name, fit in fits.items()}
         if steps:
             self._reconstruct(fits, parameters, steps, learning_rate)
-        for name, fit in fits.items():
-            self.layers[name].predictor.load_state_dict(fit.state_dict())
+            self._choose({name: (starts[name], fit.state_dict()) for name, fit in fits.items()})
+            return
+        for name, state in starts.items():
+            self.layers[name].predictor.load_state_dict(state)
+
+    def _choose(self, candidates: dict[str, tuple[dict[str, Tensor], ...]]) -> None:
+        """Give each layer's predictor the one of its states that leaves the least error of the attention output.
+
+        The reconstruction imitates scores, by squares; what the kept keys make of them is not the same.
+        """
+        stage, tensors, chosen = "start or reconstruction", self.state.tensors, self._few_images()
+
+        def step(number: int) -> None:
+            def visit(name: str, layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+                if name not in candidates:
+                    return
+                dense = vars(layer).pop("attend")  # sparse for a moment
+                errors = []
+                for state in candidates[name]:
+                    layer.predictor.load_state_dict(state)
+                    errors += output_errors([layer], q, k, v, bias)
+                layer.attend = dense  # type: ignore[method-assign]
+                tensors[f"chosen.{name}"] = tensors.get(f"chosen.{name}", 0) + torch.tensor(errors, dtype=torch.float64)
+
+            visit_densely(self.model, self.on_device(chosen[number]), visit)
+
+        self.stage(stage, len(chosen), step)
+        for name, states in candidates.items():
+            self.layers[name].predictor.load_state_dict(states[int(tensors[f"chosen.{name}"].argmin())])
+
+    def _few_images(self) -> list[Tensor]:
+        """Evenly spaced ones of the images."""
+        return self.images[:: max(1, len(self.images) // FEW_IMAGES)][:FEW_IMAGES]
 
     def _start_spectrally(self, fits: dict[str, LowRankPredictor]) -> None:
         tensors = self.state.tensors
@@ -258,8 +291,7 @@ class _Run:
         rates = [layer.predictor.keep_rate for layer in self.layers.values()]
         mean = sum(rates) / len(rates)
         measured = budget.measured_rates(mean)
-        stride = max(1, len(self.images) // BUDGET_IMAGES)
-        chosen = self.images[::stride][:BUDGET_IMAGES]
+        chosen = self._few_images()
         tensors = self.state.tensors
         replay = Replay(copy.deepcopy(self.model))
 
