@@ -81,6 +81,19 @@ def test_the_spectral_start_beats_random_weights() -> None:
     assert sum(after for _, after in errors) < 0.8 * sum(before for before, _ in errors)
 
 
+@pytest.mark.parametrize("config", [PAPER, TILES])
+def test_a_reconstruction_that_does_harm_is_not_kept(config: SparsifinerConfig) -> None:
+    found = []
+    for settings in (dict(steps=0), dict(steps=3, learning_rate=1e3), dict(steps=20, learning_rate=3e-2)):
+        sparse = sparsify(tiny(), config)
+        result = calibrate(sparse, batch(), progress=quietly, **settings)
+        found.append((weights(sparse), sum(layer.error for layer in result.layers)))
+    (start, error), (harmed, _), (fitted, better) = found
+    assert same(start, harmed)
+    assert not same(start, fitted)
+    assert better < error
+
+
 @pytest.mark.parametrize("config", [PAPER, TILES, PAPER.replace(attn_recon=True), TILES.replace(share_basis=True)])
 def test_reconstruction_lowers_its_loss(config: SparsifinerConfig) -> None:
     tiling = Tiling((8, 8), config.query_tile, 1)

@@ -43,6 +43,8 @@ def test_paper_settings() -> None:
     assert (paper.reduce_n_factor, paper.reduce_c_factor, paper.coef_topk, paper.basis_threshold) == (6, 2, 8, 0.02)
     assert not paper.keep_prefix
     assert paper.scale == "num_heads"
+    tiles = SparsifinerConfig(predictor="lowrank")  # a key without a score could only be kept by chance
+    assert (tiles.coef_topk, tiles.coef_threshold, tiles.basis_threshold) == (None, None, 0.0)
 
 
 def test_round_trips(tmp_path: Path) -> None:
