@@ -84,9 +84,9 @@ def test_the_spectral_start_beats_random_weights() -> None:
 @pytest.mark.parametrize("config", [PAPER, TILES])
 def test_a_reconstruction_that_does_harm_is_not_kept(config: SparsifinerConfig) -> None:
     found = []
-    for settings in (dict(steps=0), dict(steps=3, learning_rate=1e3), dict(steps=20, learning_rate=3e-2)):
+    for changes in (dict(steps=0), dict(steps=3, learning_rate=1e3), dict(steps=20, learning_rate=3e-2)):
         sparse = sparsify(tiny(), config)
-        result = calibrate(sparse, batch(), progress=quietly, **settings)
+        result = calibrate(sparse, batch(), progress=quietly, **changes)
         found.append((weights(sparse), sum(layer.error for layer in result.layers)))
     (start, error), (harmed, _), (fitted, better) = found
     assert same(start, harmed)
