@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sparsifiner.evaluation import Cell, Row
-from sparsifiner.evaluation.cell import DENSE, STAGES
+from sparsifiner.evaluation.cell import DENSE
 from sparsifiner.evaluation.results import load_rows
 
 
@@ -15,7 +15,7 @@ def read_arguments(description: str | None) -> tuple[list[Row], Row]:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of sparsifiner pareto")
     parser.add_argument(
-        "--against", choices=STAGES[::2], default=DENSE.stage,
+        "--against", choices=("training-free", "fine-tuned"), default=DENSE.stage,
         help="the dense model as it is, or fine-tuned by the same steps where the sweep has it",
     )  # fmt: skip
     arguments = parser.parse_args()

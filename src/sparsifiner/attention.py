@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +18,29 @@ from .ops import sparse_attention
 from .predictors import Predictor, build_predictor
 from .tiling import Tiling
 
-Observer = Callable[["SparseAttention", Tensor, Tensor, Tensor, "Tensor | None", "Connectivity | None"], None]
-"""Called with the layer, q, k, v, the bias of the logits or None, and the connectivity (None while attention runs
-dense)."""
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer did in the last forward pass.
+
+    Args:
+        connectivity: the kept keys; None where the layer ran dense (the reconstruction phase, or a
+            size at which sparse attention does not pay; see ``SparsifinerConfig.dense_below``).
+        q: queries ``[B, H, N, D]`` as attention used them, or None unless tensors were asked for.
+        k: keys, likewise.
+        v: values, likewise.
+        attn_bias: added to the logits, ``[1 or B, 1 or H, N, N]``, likewise; None also where the layer has no bias.
+    """
+
+    connectivity: Connectivity | None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    attn_bias: Tensor | None = None
+
+
+Observer = Callable[["SparseAttention", LayerRecord], None]
+"""Called with a layer and what it does, tensors included, before it attends."""
 
 
 class SparseAttention(nn.Module):
@@ -102,10 +123,10 @@ class SparseAttention(nn.Module):
         """Predict the connectivity and attend sparsely, ``[B, H, N, D]`` to ``[B, H, N, D]``."""
         tiling = self.tiling(q.shape[2])
         if self.runs_dense(q, tiling, attn_bias):
-            self._observe(q, k, v, attn_bias, None)
+            self._observe(None, q, k, v, attn_bias)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=self.scale)
         connectivity = self.predictor(q, k, v, tiling, self.scale, attn_bias)
-        self._observe(q, k, v, attn_bias, connectivity)
+        self._observe(connectivity, q, k, v, attn_bias)
         tail = None
         if self.config.tail is not None:
             tail = pool_tail(k, v, connectivity, self.config.tail, self.predictor.tail_offset)
@@ -139,10 +160,10 @@ class SparseAttention(nn.Module):
         return tiling
 
     def _observe(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, connectivity: Connectivity | None
+        self, connectivity: Connectivity | None, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None
     ) -> None:
         if self.observer is not None:
-            self.observer(self, q, k, v, attn_bias, connectivity)
+            self.observer(self, LayerRecord(connectivity, q, k, v, attn_bias))
 
     def extra_repr(self) -> str:
         settings = self.config

@@ -4,34 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from .attention import SparseAttention
+from .attention import LayerRecord, SparseAttention
 from .config import SparsifinerConfig
-from .connectivity import Connectivity
 from .convert import sparse_layers, sparsify
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What one layer did in the last forward pass.
-
-    Args:
-        connectivity: the kept keys; None where the layer ran dense (the reconstruction phase, or a
-            size at which sparse attention does not pay; see ``SparsifinerConfig.dense_below``).
-        q: queries ``[B, H, N, D]`` as attention used them, or None unless tensors were asked for.
-        k: keys, likewise.
-        v: values, likewise.
-        attn_bias: added to the logits, ``[1 or B, 1 or H, N, N]``, likewise; None also where the layer has no bias.
-    """
-
-    connectivity: Connectivity | None
-    q: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    attn_bias: Tensor | None = None
 
 
 @contextmanager
@@ -49,11 +27,8 @@ def record(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, Lay
     names = {id(layer): name for name, layer in layers.items()}
     seen: dict[str, LayerRecord] = {}
 
-    def observe(
-        layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, connectivity: Connectivity | None
-    ) -> None:
-        kept = (q, k, v, bias) if tensors else ()
-        seen[names[id(layer)]] = LayerRecord(connectivity, *kept)
+    def observe(layer: SparseAttention, did: LayerRecord) -> None:
+        seen[names[id(layer)]] = did if tensors else LayerRecord(did.connectivity)
 
     previous = {name: layer.observer for name, layer in layers.items()}
     try:

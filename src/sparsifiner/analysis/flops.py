@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..adapters import find_adapter
 from ..adapters.refused import CHEAP
 from ..adapters.scored import ScoredAttention, SparseScoredAttention
-from ..attention import SparseAttention
+from ..attention import LayerRecord, SparseAttention
 from ..predictors import LowRankPredictor, Predictor
-from ..recording import LayerRecord, record
+from ..recording import record
 from ..tiling import Tiling
 
 PAPER_NOTE = (

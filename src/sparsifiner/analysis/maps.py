@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import Observer, SparseAttention
+from ..attention import LayerRecord, SparseAttention
 from ..blocks import refuse_reduced
 from ..connectivity import Connectivity
 from ..convert import sparse_layers
@@ -88,14 +89,9 @@ def attention_maps(
     wanted = {names[number]: number for number in chosen}
     kept: dict[str, Connectivity] = {}
 
-    def keep(name: str) -> Observer:
-        def observe(
-            layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, found: Connectivity | None
-        ) -> None:
-            if found is not None:
-                kept[name] = found
-
-        return observe
+    def keep(name: str, layer: SparseAttention, did: LayerRecord) -> None:
+        if did.connectivity is not None:
+            kept[name] = did.connectivity
 
     with torch.no_grad(), _observing(sparse, wanted, keep):
         sparse(x)
@@ -110,16 +106,13 @@ def attention_maps(
     tokens = torch.tensor([tiling.num_prefix_tokens + y * columns + z for y, z in queries], device=x.device)
     weights: dict[str, Tensor] = {}
 
-    def attend(name: str) -> Observer:
-        def observe(
-            layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, found: Connectivity | None
-        ) -> None:
-            logits = q[0][:, tokens].float() @ k[0].float().transpose(-1, -2) * layer.scale
-            if bias is not None:
-                logits = logits + bias[0][:, tokens].float()
-            weights[name] = logits.softmax(-1).cpu()  # [H, Q, N]
-
-        return observe
+    def attend(name: str, layer: SparseAttention, did: LayerRecord) -> None:
+        assert did.q is not None
+        assert did.k is not None
+        logits = did.q[0][:, tokens].float() @ did.k[0].float().transpose(-1, -2) * layer.scale
+        if did.attn_bias is not None:
+            logits = logits + did.attn_bias[0][:, tokens].float()
+        weights[name] = logits.softmax(-1).cpu()  # [H, Q, N]
 
     twin = observable_twin(dense)
     with torch.no_grad(), _observing(twin, wanted, attend):
@@ -152,13 +145,15 @@ def _layer_map(
 
 
 @contextmanager
-def _observing(model: nn.Module, names: dict[str, int], observer: Callable[[str], Observer]) -> Iterator[None]:
-    """Let ``observer(name)`` watch each of the named layers, so that nothing else is kept."""
+def _observing(
+    model: nn.Module, names: dict[str, int], see: Callable[[str, SparseAttention, LayerRecord], None]
+) -> Iterator[None]:
+    """Let ``see(name, layer, record)`` watch the named layers, so that nothing else is kept."""
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in names}
     previous = {name: layer.observer for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.observer = observer(name)
+            layer.observer = partial(see, name)
         yield
     finally:
         for name, layer in layers.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..convert import sparse_layers
-from .observation import Replay, dense_attention
+from .observation import Replay, dense_attention, sparse_again
 
 STEPS = (1 / 3, 1.0, 3.0)
 """Measured keep rates, relative to the budget."""
@@ -35,11 +35,10 @@ def layer_errors(replay: Replay, x: Tensor, rates: Sequence[float]) -> Tensor:
     with torch.no_grad(), dense_attention(layers):
         dense = replay.start(x).float()
         for number, layer in enumerate(layers.values()):
-            attend = vars(layer).pop("attend")  # this one attends sparsely for a while
-            for column, rate in enumerate(rates):
-                layer.configure(layer.config.replace(keep_rate=rate))
-                errors[number, column] = ((replay.run(number).float() - dense).norm() / dense.norm()).item()
-            layer.attend = attend  # type: ignore[method-assign]
+            with sparse_again(layer):
+                for column, rate in enumerate(rates):
+                    layer.configure(layer.config.replace(keep_rate=rate))
+                    errors[number, column] = ((replay.run(number).float() - dense).norm() / dense.norm()).item()
     return errors
 
 

@@ -22,7 +22,7 @@ from ..predictors import LowRankPredictor
 from ..progress import Progress, progress_on
 from . import budget, spectral
 from .images import Images, load_images
-from .observation import Replay, common_patches, last_kept, visit_densely
+from .observation import Replay, common_patches, last_kept, sparse_again, visit_densely
 from .reconstruction import reconstruction_loss
 from .report import Calibration, summarise
 from .state import Optimizer, State, fingerprint
@@ -163,13 +163,13 @@ class _Run:
             for key, parameter in fit.named_parameters()
             if key != "tail_offset"
         }
-        starts = {name: copy.deepcopy(fit.state_dict()) for name, fit in fits.items()}
         if steps:
+            starts = {name: copy.deepcopy(fit.state_dict()) for name, fit in fits.items()}
             self._reconstruct(fits, parameters, steps, learning_rate)
             self._choose({name: (starts[name], fit.state_dict()) for name, fit in fits.items()})
-            return
-        for name, state in starts.items():
-            self.layers[name].predictor.load_state_dict(state)
+        else:
+            for name, fit in fits.items():
+                self.layers[name].predictor.load_state_dict(fit.state_dict())
 
     def _choose(self, candidates: dict[str, tuple[dict[str, Tensor], ...]]) -> None:
         """Give each layer's predictor the one of its states that leaves the least error of the attention output.
@@ -182,12 +182,11 @@ class _Run:
             def visit(name: str, layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
                 if name not in candidates:
                     return
-                dense = vars(layer).pop("attend")  # sparse for a moment
                 errors = []
-                for state in candidates[name]:
-                    layer.predictor.load_state_dict(state)
-                    errors += output_errors([layer], q, k, v, bias)
-                layer.attend = dense  # type: ignore[method-assign]
+                with sparse_again(layer):
+                    for state in candidates[name]:
+                        layer.predictor.load_state_dict(state)
+                        errors += output_errors([layer], q, k, v, bias)
                 tensors[f"chosen.{name}"] = tensors.get(f"chosen.{name}", 0) + torch.tensor(errors, dtype=torch.float64)
 
             visit_densely(self.model, self.on_device(chosen[number]), visit)
@@ -322,10 +321,9 @@ class _Run:
             errors: list[list[float]] = []
 
             def visit(name: str, layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-                dense = vars(layer).pop("attend")  # this layer as it is, for a moment
                 before_layers[name].grid.follow(layer.grid)
-                errors.append(output_errors([before_layers[name], layer], q, k, v, bias))
-                layer.attend = dense  # type: ignore[method-assign]
+                with sparse_again(layer):
+                    errors.append(output_errors([before_layers[name], layer], q, k, v, bias))
 
             dense, dense_kept = visit_densely(self.model, x, visit), last_kept(self.model)
             tensors[f"measured.layers.{number}"] = torch.tensor(errors, dtype=torch.float64)

@@ -40,6 +40,16 @@ def dense_attention(layers: Mapping[str, SparseAttention], visit: Visit | None =
             vars(layer).pop("attend", None)
 
 
+@contextmanager
+def sparse_again(layer: SparseAttention) -> Iterator[None]:
+    """Inside :func:`dense_attention`: while the block runs, this layer attends sparsely."""
+    dense = vars(layer).pop("attend")
+    try:
+        yield
+    finally:
+        layer.attend = dense  # type: ignore[method-assign]
+
+
 def visit_densely(model: nn.Module, x: Tensor, visit: Visit) -> tuple[Tensor, Tensor | None]:
     """One dense pass of ``x`` ``[1, 3, height, width]``; ``visit`` sees every attention layer's input in turn.
 

@@ -57,7 +57,7 @@ class ZeroedTokensAttention(SparseVitAttention):
             q, k, v = (y * _with_class(alive)[:, None, :, None] for y in (q, k, v))
         self.predictor.alive = alive
         connectivity = self.predictor(q, k, v, self.tiling(q.shape[2]), self.scale)
-        self._observe(q, k, v, None, connectivity)
+        self._observe(connectivity, q, k, v)
         out = sparse_attention(q, k, v, connectivity, scale=self.scale)
         if self.token_keep_rate is not None:
             # The class token's attention, mean over heads, ranks the patches (the paper, section 3.5; EViT).

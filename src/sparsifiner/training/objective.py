@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import LayerRecord
 from ..convert import sparse_layers
 from ..models import LvVit
 from ..predictors import LowRankPredictor
-from ..recording import LayerRecord, observable_twin, record
+from ..recording import observable_twin, record
 from . import losses
 from .patches import auxiliary_head, refuse_reducing_teacher, same_patches
 from .recipe import PATCH_LOSSES, TEACHER_LOSSES
