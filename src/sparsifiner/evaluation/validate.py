@@ -22,7 +22,7 @@ from ..training.sources import ImageSource, open_source
 
 
 @dataclass(frozen=True)
-class Row:
+class ValidationRow:
     """One model.
 
     Args:
@@ -59,7 +59,7 @@ class Validation:
     """
 
     model: str
-    rows: list[Row]
+    rows: list[ValidationRow]
     img_size: tuple[int, int]
     batch_size: int
     dtype: str
@@ -127,7 +127,7 @@ def validate(
     x = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     variants: list[tuple[str, nn.Module, float | None]] = [("dense", dense, None)]
     variants += [(f"keep {rate:g}", sparse, rate) for rate in keep_rates] or [("sparse", sparse, None)]
-    rows: list[Row] = []
+    rows: list[ValidationRow] = []
     broken: dict[str, str] = {}
     for name, variant, rate in variants:
         if rate is not None:
@@ -154,7 +154,7 @@ def _measure(
     workers: int,
     repeats: int,
     tell: Progress,
-) -> Row:
+) -> ValidationRow:
     """One row; ``x`` is the batch ``[B, 3, H, W]`` that speed is measured on."""
     loader = validation_loader(samples, len(x), workers)
     told = partial(_tell_batches, tell, f"{name}: accuracy", len(loader))
@@ -165,7 +165,7 @@ def _measure(
         tell(f"{name}: speed", 0, 1)
         speed = _speed(dense, variant, x, repeats)
         tell(f"{name}: speed", 1, 1)
-    return Row(name, accuracy, flops.total_macs, flops.mhsa_macs, speed)
+    return ValidationRow(name, accuracy, flops.total_macs, flops.mhsa_macs, speed)
 
 
 class Cast(nn.Module):
