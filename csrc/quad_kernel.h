@@ -120,10 +120,14 @@ inline bool score_quads(const QuadTask& task, void* memory) {
       logits_of_quads<V, mode, NV, NQ>(blocks, words, rows + j, t.scale * 1.44269504088896341f,
                                        b.logits + j * b.columns + first * kQuad, b.columns);
   }
-  for (int64_t c = 0; c < t.candidates; ++c)  // places without a key
-    for (int j = 0; b.weights[c] == -__builtin_inff() && j < t.members; ++j) b.logits[j * b.columns + c] = -__builtin_inff();
+  bool gaps = false;  // places without a key
+  for (int64_t c = 0; c < t.candidates; ++c) {
+    if (b.weights[c] != -__builtin_inff()) continue;
+    gaps = true;
+    for (int j = 0; j < t.members; ++j) b.logits[j * b.columns + c] = -__builtin_inff();
+  }
   float log2_sums[kMaxScoreQueries];
-  return sum_rows<V, mode == Mode::dot>(t, b, log2_sums) && select_keys<V, C>(t, b, b.weights, log2_sums);
+  return sum_rows<V, mode == Mode::dot>(t, b, log2_sums) && select_keys<V, C>(t, b, b.weights, log2_sums, gaps);
 }
 
 // For levels without products of bfloat16.

@@ -118,8 +118,11 @@ inline bool sum_rows(const ScoreTask& t, const ScoreBuffers& b, float* log2_sums
 
 // Merges the logits of each tile's pooled queries and selects its keys. Returns false if a score is NaN.
 // `weights` [columns] are added to the log2 probabilities, or null; so may be `log2_sums` if they do not matter.
+// With `gaps` a weight of -inf marks a place without a key: it comes after every key, also after those whose
+// probability is too small for a float.
 template <class V, class C>
-inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b, const float* weights, const float* log2_sums) {
+inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b, const float* weights, const float* log2_sums,
+                        bool gaps = false) {
   using F = typename V::F;
   constexpr int L = V::lanes;
   for (int tile = 0; tile < t.tiles; ++tile) {
@@ -137,6 +140,13 @@ inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b, const float* 
           best = t.sum ? V::add(best, V::template exp2<false>(next)) : V::max(next, best);
         }
         V::store(b.merged + c, best);
+      }
+      if (gaps) {
+        constexpr float lowest = -3.402823466e38f;
+        for (int64_t c = 0; c < t.candidates; ++c) {
+          const float score = b.merged[c] < lowest ? lowest : b.merged[c];
+          b.merged[c] = weights[c] == -__builtin_inff() ? -__builtin_inff() : score;
+        }
       }
       scores = b.merged;
     }

@@ -104,6 +104,18 @@ def test_extreme_keys(level, reduction) -> None:
     assert (chosen.indices == 100).any(-1).all()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+def test_blocks_that_stick_out_hold_no_keys_even_where_no_key_has_a_probability(level, reduction) -> None:
+    """Sharp attention leaves most keys a probability of exactly 0, as a place outside the grid has."""
+    tiling = Tiling((25, 25), (4, 4), 1)
+    predictor, (q, k, v) = build(tiling, reduction=reduction), smooth_qkv(tiling, batch=1)
+    with cpu.force_level(level):
+        chosen = predictor(20 * q, 20 * k, v, tiling, 32**-0.5)
+    assert (chosen.indices.diff(dim=-1) > 0).all()
+    assert ((chosen.indices >= 0) & (chosen.indices < tiling.num_tokens)).all()
+
+
 @pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
 def test_flops_count_means_and_the_keys_that_were_scored() -> None:
     tiling = Tiling((24, 24), (4, 4), 1)
