@@ -1,5 +1,5 @@
 // Python binding: plain addresses and numbers, so that the module is built without torch and fits every
-// release of it. sparsifiner.ops.native checks shapes, dtypes and strides before it calls.
+// release of it. sparsifiner.ops.api checks shapes and dtypes, the custom operators see to the strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>

@@ -24,12 +24,18 @@ def test_keep_rates_outside_the_unit_interval_are_refused(rate: object) -> None:
         ({"query_tile": 4}, "query_tile must be two whole numbers"),
         ({"tail": (0, 4)}, "tail must be two whole numbers of at least 1"),
         ({"keep_rate": ()}, "keep_rate is an empty list"),
-        ({"reduce_n_factor": 0}, "reduce_n_factor must be a whole number of at least 1"),
+        ({"reduce_n_factor": 0}, "reduce_n_factor must be a whole number at least 1"),
         ({"coef_topk": 8, "coef_threshold": 0.05}, "coef_topk and coef_threshold exclude each other"),
-        ({"query_refine": -1}, "query_refine must be a whole number of at least 0"),
-        ({"scale": "width"}, "scale 'width' is unknown"),
+        ({"query_refine": -1}, "query_refine must be a whole number at least 0"),
+        ({"scale": "width"}, r"scale \(head_dim, num_heads or a number\) must be a number above 0, got 'width'"),
         ({"score_threshold": 0.1}, "score_threshold needs predictor='lowrank'"),
         ({"attn_recon": True}, "attn_recon needs predictor='lowrank'"),
+        ({"predictor": "lowrank", "score_threshold": "1e-3"}, "score_threshold must be a number at least 0, got '1e-3'"),
+        ({"basis_threshold": None}, "basis_threshold must be a number at least 0, got None"),
+        ({"scale": None}, "must be a number above 0, got None"),
+        ({"n_down": True}, "n_down must be a whole number at least 1, got True"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
+        ({"keep_prefix": "no"}, "keep_prefix must be true or false, got 'no'"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict, message: str) -> None:
@@ -44,7 +50,7 @@ def test_paper_settings() -> None:
     assert not paper.keep_prefix
     assert paper.scale == "num_heads"
     tiles = SparsifinerConfig(predictor="lowrank")  # a key without a score could only be kept by chance
-    assert (tiles.coef_topk, tiles.coef_threshold, tiles.basis_threshold) == (None, None, 0.0)
+    assert (tiles.coef_topk, tiles.coef_threshold, tiles.basis_threshold, tiles.reduce_c_factor) == (None, None, 0.0, 1)
 
 
 def test_round_trips(tmp_path: Path) -> None:
@@ -59,7 +65,7 @@ def test_round_trips(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("keep_rat: 0.1", "unknown setting 'keep_rat'; did you mean 'keep_rate'"),
+        ("keep_rat: 0.1", "setting 'keep_rat' is unknown; did you mean 'keep_rate'"),
         ("- 1", "must hold named settings"),
         ("a: [", "is not valid YAML or JSON"),
         ("preset: best", "preset 'best' is unknown"),

@@ -253,7 +253,7 @@ def test_extreme_logits(backend: str) -> None:
     assert epsilon_error(got, exact) < 1e5
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index", [-1, 31, 2**31 - 1])
 def test_bad_indices_are_caught(backend: str, index: int) -> None:
     problem = make().to(torch.float32)
@@ -271,6 +271,10 @@ def test_shape_errors_name_the_tensor_and_what_was_expected() -> None:
         ("q", {"q": p.q[:, :, 1:]}, "q must have 31 tokens, 1 prefix tokens and a 6x5 patch grid"),
         ("k", {"k": p.k[..., 1:]}, r"k must have shape \[2, 3, 31, 16\], got \[2, 3, 31, 15\]"),
         ("v", {"v": p.v.double()}, "v must have the dtype of q, torch.float32, got torch.float64"),
+        ("tail.k", {"tail": Tail(tail.k.bfloat16(), tail.v, tail.bias)}, "tail.k must have the dtype of q"),
+        ("tail.v", {"tail": Tail(tail.k, tail.v.double(), tail.bias)}, "tail.v must have the dtype of q"),
+        ("attn_bias", {"attn_bias": torch.zeros(35)}, r"attn_bias must have shape \[2, 3, 31, 35\], got \[35\]"),
+        ("attn_bias", {"attn_bias": torch.zeros(1, 1, 31, 35, device="meta")}, "attn_bias is on meta but q is on cpu"),
         ("tail.bias", {"tail": Tail(tail.k, tail.v, tail.bias[:1])}, r"tail.bias must have shape \[2, 3, 4, 4\]"),
         ("attn_bias", {"attn_bias": torch.zeros(1, 1, 31, 31)}, r"attn_bias must have shape \[1, 1, 31, 35\]"),
         (

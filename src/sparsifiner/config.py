@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .checks import choose, flag, number
 from .messages import one_line
 
 PredictorName = Literal["pooled", "lowrank", "oracle", "local", "strided", "random"]
@@ -81,7 +81,7 @@ class SparsifinerConfig:
     screen_from: int | None = 8192
     reduce_n_factor: int = 6
     n_down: int | None = None
-    reduce_c_factor: int = 2
+    reduce_c_factor: int = 1
     scale: float | Literal["head_dim", "num_heads"] = "head_dim"
     coef_topk: int | None = None
     coef_threshold: float | None = None
@@ -99,28 +99,27 @@ class SparsifinerConfig:
                 raise ValueError("keep_rate is an empty list; give one rate, or one per layer")
         else:
             object.__setattr__(self, "keep_rate", check_keep_rate(self.keep_rate))
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"predictor {self.predictor!r} is unknown; choose one of {', '.join(PREDICTORS)}")
+        choose("predictor", self.predictor, PREDICTORS)
+        for name in ("tail_offset", "keep_prefix", "share_basis", "attn_recon"):
+            flag(name, getattr(self, name))
         for name in ("query_tile", "query_pool", "tail"):
             value = getattr(self, name)
             if value is not None or name != "tail":
                 object.__setattr__(self, name, _pair(name, value))
         if self.tail_offset and self.tail is None:
             raise ValueError("tail_offset needs a tail; set tail to the rows and columns of a block, such as (4, 4)")
-        if self.reduction not in get_args(Reduction):
-            raise ValueError(f"reduction {self.reduction!r} is unknown; choose max or sum")
+        choose("reduction", self.reduction, get_args(Reduction))
         for name in ("reduce_n_factor", "reduce_c_factor", "n_down", "coef_topk"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            number(name, getattr(self, name), least=1, whole=True, optional=name in ("n_down", "coef_topk"))
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise ValueError("coef_topk and coef_threshold exclude each other; set one of them to None")
         for name in ("query_refine", "dense_below", "screen_from"):
-            value = getattr(self, name)
-            if (not isinstance(value, int) or value < 0) and not (name != "query_refine" and value is None):
-                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
-        if isinstance(self.scale, str) and self.scale not in ("head_dim", "num_heads"):
-            raise ValueError(f"scale {self.scale!r} is unknown; choose head_dim, num_heads or a number")
+            number(name, getattr(self, name), least=0, whole=True, optional=name != "query_refine")
+        number("seed", self.seed, whole=True)
+        for name in ("basis_threshold", "coef_threshold", "score_threshold"):
+            number(name, getattr(self, name), least=0, optional=name != "basis_threshold")
+        if self.scale not in ("head_dim", "num_heads"):
+            number("scale (head_dim, num_heads or a number)", self.scale, above=0)
         if self.score_threshold is not None and self.predictor != "lowrank":
             raise ValueError(
                 f"score_threshold needs predictor='lowrank', whose scores have an absolute meaning; "
@@ -139,7 +138,7 @@ class SparsifinerConfig:
         """
         settings: dict[str, Any] = dict(
             predictor="lowrank", query_tile=(1, 1), tail=None, keep_prefix=False, scale="num_heads", coef_topk=8,
-            basis_threshold=0.02, dense_below=0,
+            reduce_c_factor=2, basis_threshold=0.02, dense_below=0,
         )  # fmt: skip
         return cls(keep_rate=keep_rate, **{**settings, **changes})
 
@@ -165,12 +164,9 @@ class SparsifinerConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> SparsifinerConfig:
         """The inverse of :meth:`to_dict`; unknown names are refused with the nearest known one."""
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = tuple(field.name for field in dataclasses.fields(cls))
         for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}"
-                raise ValueError(f"unknown setting {name!r}; {hint}")
+            choose("setting", name, known)
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return cls(**values)
 
@@ -199,8 +195,7 @@ class SparsifinerConfig:
         """Some settings by name, the others at their defaults; ``preset: paper`` starts from :meth:`paper`."""
         settings = dict(settings)
         preset = settings.pop("preset", "default")
-        if preset not in ("default", "paper"):
-            raise ValueError(f"preset {preset!r} is unknown; choose default or paper")
+        choose("preset", preset, ("default", "paper"))
         base = cls.paper() if preset == "paper" else cls()
         return cls.from_dict({**base.to_dict(), **settings})
 

@@ -48,7 +48,7 @@ def reconstruction_loss(
     first = predictor.first_candidate(tiling)
     coef = predictor.coefficients_of(predictor.q_proj(q[:, :, rows]), predictor.k_proj(k), tiling)
     coef = (coef.unflatten(2, tokens.shape) * share).sum(3)  # [B, H, t, n_down]
-    score = coef @ predictor.basis(tiling)[first:].mT
+    score = coef @ predictor.basis(tiling)[..., first:, :].mT
     bias = None if attn_bias is None else attn_bias[:, :, rows].to(q.dtype)
     stakes = predictor.stakes(v, tiling) if predictor.config.score_threshold is None else None
     with torch.no_grad():

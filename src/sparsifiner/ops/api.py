@@ -122,20 +122,16 @@ def _check(
             ("tail.v", tail.v, (batch, heads, num_pooled, width)),
             ("tail.bias", tail.bias, (batch, heads, tiles, num_pooled)),
         ]
+    if attn_bias is not None:
+        shared = attn_bias.shape if attn_bias.ndim == 4 else (batch, heads)
+        rows = (1 if shared[0] == 1 else batch, 1 if shared[1] == 1 else heads)
+        expected.append(("attn_bias", attn_bias, (*rows, num_tokens, num_columns)))
     for name, tensor, shape in expected:
         _check_shape(name, tensor, shape)
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device")
-    if attn_bias is not None:
-        shape = (
-            batch if attn_bias.shape[0] != 1 else 1,
-            heads if attn_bias.shape[1] != 1 else 1,
-            num_tokens,
-            num_columns,
-        )
-        _check_shape("attn_bias", attn_bias, shape)
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
+    for name, tensor, _ in expected:
+        if name in ("k", "v", "tail.k", "tail.v") and tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
     if connectivity.indices.dtype != torch.int32:
         raise ValueError(f"connectivity.indices must be int32, got {connectivity.indices.dtype}")

@@ -1,4 +1,4 @@
-"""What the registered operators share: the tensors they take, and the layout of what they return."""
+"""What the backends share: the tensors they take, the check of their indices, and the layout of what they return."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ def tensor_arguments(
     """q, k, v, tile tokens, indices, bias, tail k, tail v and tail bias, as a ``torch.library`` schema has them."""
     pooled = (None, None, None) if tail is None else (tail.k, tail.v, tail.bias)
     return (q, k, v, connectivity.tiling.tokens(q.device), connectivity.indices, connectivity.bias, *pooled)
+
+
+def check_indices(indices: Tensor, num_tokens: int) -> None:
+    """Raise an IndexError if one is negative or not below ``num_tokens``; on a GPU, which would wait, do not look."""
+    if not indices.is_cuda and ((indices < 0) | (indices >= num_tokens)).any():
+        raise IndexError(
+            f"connectivity.indices must lie in [0, {num_tokens}), the number of keys, "
+            f"got values from {indices.min().item()} to {indices.max().item()}"
+        )
 
 
 def empty_output(q: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..connectivity import Connectivity, Tail
+from .arguments import check_indices
 
 
 def reference_attention(
@@ -21,6 +22,7 @@ def reference_attention(
 
     Computes in float32, or in float64 where the inputs are float64. Differentiable by autograd.
     """
+    check_indices(connectivity.indices, k.shape[2])
     dtype = torch.promote_types(q.dtype, torch.float32)
     keys, values = k, v
     if tail is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ..checks import choose, number
 from ..config import SparsifinerConfig, check_keep_rate
 from ..methods import find_method
 
@@ -344,46 +345,3 @@ def _plain(value: Any) -> Any:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def choose(what: str, value: object, known: tuple[str, ...]) -> None:
-    """Refuse a name that is not among ``known``, naming the nearest one."""
-    import difflib
-
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    raise ValueError(
-        f"{what} {value!r} is unknown; {f'did you mean {near[0]!r}?' if near else 'choose one of ' + ', '.join(known)}"
-    )
-
-
-def number(
-    what: str,
-    value: object,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    whole: bool = False,
-    optional: bool = False,
-) -> None:
-    """Refuse what is no (whole) number in the range; None passes where ``optional``."""
-    if value is None and optional:
-        return
-    kind = int if whole else (int, float)
-    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if fits:
-        assert isinstance(value, (int, float))
-        fits = not (
-            (least is not None and value < least)
-            or (above is not None and value <= above)
-            or (most is not None and value > most)
-        )
-    if not fits:
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (("at least", least), ("above", above), ("at most", most))
-            if bound is not None
-        ]
-        raise ValueError(f"{what} must be a {'whole ' if whole else ''}number {' and '.join(bounds)}, got {value!r}")

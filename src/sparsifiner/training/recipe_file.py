@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..messages import one_line
-from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig, choose
+from ..checks import choose
+from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
 
 T = TypeVar("T")
 
