@@ -4,14 +4,15 @@
 
 The folder is one of ``sparsifiner pareto``. Prints Markdown. Nothing is interpolated: two methods are compared where
 both were measured, image by image, and at equal cost means that the other method spends at least 99 % as many
-multiply-adds on attention (the cheapest such row of the same stage).
+multiply-adds on attention, every product of the predictor counted (the cheapest such row of the same stage). What is
+saved is said as the paper counts, which leaves out two products of its predictor, and in full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sweep_rows import points, read_arguments, saved
+from sweep_rows import points, read_arguments, saved, saved_text
 
 from sparsifiner.evaluation import Row
 from sparsifiner.evaluation.cell import STAGES
@@ -55,7 +56,7 @@ def small_drop(rows: Iterable[Row], dense: Row, methods: Iterable[str], least: f
         verdict = _verdict(100 * high <= ALLOWED, 100 * low > ALLOWED)
         beyond = "" if share <= most else " (saves more than the claim)"
         lines.append(
-            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {share:.1%} | {row.images} "
+            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {saved_text(row, dense, digits=1)} | {row.images} "
             f"| {points(drop, (low, high), digits=2)} | {verdict}{beyond} |"
         )
     return lines
@@ -77,15 +78,15 @@ def better_than_fixed(rows: Iterable[Row]) -> list[str]:
                 for other in rows
                 if other.cell.method == name
                 and other.cell.stage == row.cell.stage
-                and other.mhsa_macs >= SAME_COST * row.mhsa_macs
+                and other.mhsa_full_macs >= SAME_COST * row.mhsa_full_macs
             ]
             if not found:
                 continue
-            other = min(found, key=lambda item: item.mhsa_macs)
+            other = min(found, key=lambda item: item.mhsa_full_macs)
             gain, (low, high) = other.drop_from(row)
             lines.append(
-                f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {row.mhsa_macs / 1e6:.1f} | {name} "
-                f"| {other.cell.keep_rate:g} | {other.mhsa_macs / 1e6:.1f} | {points(gain, (low, high), digits=2)} "
+                f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {row.mhsa_full_macs / 1e6:.1f} | {name} "
+                f"| {other.cell.keep_rate:g} | {other.mhsa_full_macs / 1e6:.1f} | {points(gain, (low, high), digits=2)} "
                 f"| {_verdict(low > 0, high < 0)} |"
             )
     return lines

@@ -4,15 +4,16 @@
 
 The folder is one of ``sparsifiner pareto``. A cell is points of top-1 lost against the dense model with the 95 %
 interval for paired answers, the share of attention's multiply-adds that is saved, and in brackets the number of images
-where it is not the usual one of the stage. What was not measured stays empty. With ``--against fine-tuned`` drops are
-against the dense model after the same fine-tuning.
+where it is not the usual one of the stage. The share is by the paper's count, which leaves out two products of its
+predictor; where that matters the share with every product follows. What was not measured stays empty. With ``--against
+fine-tuned`` drops are against the dense model after the same fine-tuning.
 """
 
 from __future__ import annotations
 
 import collections
 
-from sweep_rows import points, read_arguments, saved
+from sweep_rows import points, read_arguments, saved_text
 
 from sparsifiner.evaluation import Row
 from sparsifiner.evaluation.cell import STAGES
@@ -43,7 +44,7 @@ def table(rows: list[Row], dense: Row) -> list[str]:
 
 def entry(row: Row, dense: Row, usual: int) -> str:
     images = "" if row.images == usual else f" ({row.images})"
-    return f"{points(*row.drop_from(dense), digits=1)}, {saved(row, dense):.0%}{images}"
+    return f"{points(*row.drop_from(dense), digits=1)}, {saved_text(row, dense)}{images}"
 
 
 if __name__ == "__main__":

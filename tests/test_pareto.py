@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 import timm
@@ -210,10 +211,48 @@ def test_a_sweep_that_cannot_be_is_refused(sweep, changes, words):
 
 def test_another_recipe_in_the_same_folder_is_refused(sweep, tmp_path):
     settings = dict(stages=("fine-tuned",), keep_rates=(0.5,), methods=("local",), num_images=4)
-    run_sweep(sweep(**settings, recipe=RECIPE), tmp_path)
+    rows = run_sweep(sweep(**settings, recipe=RECIPE), tmp_path)
+    other = dataclasses.replace(RECIPE, seed=5)
+    with pytest.raises(ValueError, match=r"local-0.5-fine-tuned was trained by another recipe \(seed\)"):
+        run_sweep(sweep(**settings, recipe=other), tmp_path)
+    with pytest.raises(ValueError, match="another recipe"):  # also where it comes after cells that are not measured yet
+        run_sweep(sweep(**{**settings, "methods": ("strided", "local")}, recipe=other), tmp_path)
+    assert not (tmp_path / "cells" / "strided-0.5-fine-tuned").exists()
     (tmp_path / "pareto.json").unlink()
-    with pytest.raises(ValueError, match="another recipe"):
-        run_sweep(sweep(**settings, recipe=dataclasses.replace(RECIPE, seed=5)), tmp_path)
+    without_consequence = dataclasses.replace(RECIPE, log_every=7)
+    assert [row.hits for row in run_sweep(sweep(**settings, recipe=without_consequence), tmp_path)] == [
+        row.hits for row in rows
+    ]
+
+
+def test_other_validation_images_are_refused(sweep, folder_of_images, tmp_path):
+    """The order of the images depends on how many there are, so rows would not be about the same ones."""
+    grown = tmp_path / "images"
+    shutil.copytree(folder_of_images, grown)
+    data = DataConfig(path=str(grown), img_size=32, workers=0)
+    run_sweep(sweep(data=data, num_images=4), tmp_path / "out")
+    picture = next((grown / "val").rglob("*.png"))
+    shutil.copy(picture, picture.with_stem("another"))
+    with pytest.raises(ValueError, match="another validation_images: 24 instead of 25"):
+        run_sweep(sweep(data=data, num_images=4), tmp_path / "out")
+
+
+@pytest.mark.parametrize("moment", ["in the fit", "while the model is written"])
+def test_an_interrupted_calibration_goes_on(sweep, tmp_path, monkeypatch, moment):
+    """Also of a method whose predictor starts from random weights, which come again as they were."""
+    wanted = sweep(methods=("paper",), keep_rates=(0.25,), stages=("training-free", "calibrated"), num_images=8)
+    whole = run_sweep(wanted, tmp_path / "whole")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    place = "calibration.fit.reconstruction_loss" if moment == "in the fit" else "saving.write_atomically"
+    monkeypatch.setattr(f"sparsifiner.{place}", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(wanted, tmp_path / "again")
+    monkeypatch.undo()
+    torch.rand(3)
+    assert [row.hits for row in run_sweep(wanted, tmp_path / "again")] == [row.hits for row in whole]
 
 
 @given(st.lists(st.booleans(), max_size=40), st.lists(st.integers(0, 39), unique=True))

@@ -43,6 +43,30 @@ def test_the_papers_runs_are_to_the_letter(name):
     assert (second.name, second.epochs, second.lr, second.min_lr, second.warmup) == ("cls_distill", 45, 8e-5, 2e-6, 3)
     patches = "aux_mse" if name.startswith("lvvit") else "token_mse"  # what the authors' code compares there
     assert (second.train, second.losses) == ("backbone", {"ce": 1.0, "kl": 0.5, patches: 0.5})
+    assert (first.warmup_lr, second.warmup_lr, config.precision) == (0.0, 0.0, "fp32")
+
+
+def test_published_weights_come_from_a_file(tmp_path):
+    """As the LV-ViT recipes load theirs, for which timm knows no address; under the authors' own names."""
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 3}
+    published = timm.create_model("lvvit_s", **small)
+    torch.save(published.state_dict(), tmp_path / "lvvit_s.pth.tar")
+    recipe = Path(__file__).parents[1] / "recipes" / "lvvit_s_imagenet.yaml"
+    plain = load_recipe(recipe)
+    assert plain.model_args["pretrained_cfg_overlay"]["file"].startswith("lvvit_s")
+    arguments = {
+        **plain.model_args,
+        **small,
+        "pretrained_cfg_overlay": {"file": str(tmp_path / "lvvit_s.pth.tar"), "num_classes": 3},
+    }
+    del arguments["img_size"]
+    changed = load_recipe(recipe, [f"model_args={json.dumps(arguments)}", "data.img_size=32", "num_classes=3"])
+    student, teacher = student_module.build_models(changed, None)
+    assert teacher is not None
+    for name, value in published.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value)
+        assert torch.equal(teacher.state_dict()[name], value)
 
 
 def test_a_recipe_survives_the_way_to_json_and_back():
@@ -130,11 +154,15 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_down():
         rates.append(optimizer.param_groups[0]["lr"])
     assert len(rates) == 40
     assert rates[:3] == pytest.approx([0.5, 0.5 + 0.5 / 8, 0.5 + 1 / 8])
-    assert rates[20] == pytest.approx(0.55)  # half way down
+    assert rates[8] == 1.0
+    assert rates[24] == pytest.approx(0.55)  # half way down
     assert rates[8:] == sorted(rates[8:], reverse=True)
     assert 0.1 < rates[-1] < 0.11
     scheduler.step_update(20)  # a function of the update alone
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[20])
+    only_warmup = make_scheduler(optimizer, PhaseConfig("cls", steps=4, warmup=4, lr=1.0, warmup_lr=0.0), 1)
+    only_warmup.step_update(3)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -14,9 +14,12 @@ from ..calibration import calibrate
 from ..methods import convert_with
 from ..models import load_model
 from ..progress import Progress
+from ..saving import CONFIG_NAME
+from ..training.checkpoint import RESULT_NAME
 from ..training.data import Samples, collate
 from ..training.engine import train
-from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig
+from ..training.randomness import seeded
+from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig, differing_settings
 from ..training.sources import ImageSource, open_source
 from ..training.student import save_model
 from .cell import Cell, Row
@@ -54,38 +57,58 @@ class CellModels:
             row: of the cell; gets the seconds that fitting took and a note of what was different in it.
         """
         cell = row.cell
-        folder = self.folder / "cells" / cell.name
         if cell.stage == "fine-tuned":
-            start_from = self._calibrated(cell, row) if cell.learns_predictor else None
-            config, row.note = self._recipe(cell, start_from)
-            name = "ema" if config.ema_decay is not None else "model"
-            finished = folder / "result.json"
-            if finished.is_file():
-                if json.loads(finished.read_text())["recipe"] != config.to_dict():
-                    raise ValueError(f"{folder} was trained by another recipe; name another folder with --output")
-            else:
+            if cell.learns_predictor:
+                self._calibrate(cell, row)
+            folder = self._folder(cell)
+            config, row.note = self._recipe(cell)
+            if not (folder / RESULT_NAME).is_file():
                 start = time.perf_counter()
                 train(config, folder, cpu=self.sweep.device == "cpu", progress=self.tell, say=self.say)
                 row.seconds += time.perf_counter() - start
-            model = load_model(str(folder / name))
+            model = load_model(str(folder / ("ema" if config.ema_decay is not None else "model")))
         elif cell.stage == "calibrated":
-            model = load_model(str(self._calibrated(cell, row)))
+            self._calibrate(cell, row)
+            model = load_model(str(self._calibrated(cell)))
         else:
-            model = convert_with(cell.method, self.dense, cell.keep_rate)
+            model = self._converted(cell)
         return model.to(self.sweep.device, self.sweep.dtype).eval()
 
-    def _calibrated(self, cell: Cell, row: Row) -> Path:
-        """Folder of the model of ``cell`` after calibration, which happens once, at the cost of ``row``."""
-        made = dataclasses.replace(cell, stage="calibrated")
-        folder = self.folder / "cells" / made.name
-        if not (folder / "model").is_dir():
-            start = time.perf_counter()
-            folder.mkdir(parents=True, exist_ok=True)
-            model = convert_with(cell.method, self.dense, cell.keep_rate).to(self.sweep.device)
-            calibrate(model, self._calibration_images(), state=folder / "calibration.state", progress=self.tell)
-            save_model(model.cpu(), folder / "model")
-            row.seconds += time.perf_counter() - start
-        return folder / "model"
+    def check_recipe(self, cell: Cell) -> None:
+        """Raise a ValueError if ``cell`` was fine-tuned in an earlier run, by another recipe than the sweep's."""
+        folder = self._folder(cell)
+        if cell.stage != "fine-tuned" or not (folder / RESULT_NAME).is_file():
+            return
+        made_by = json.loads((folder / RESULT_NAME).read_text())["recipe"]
+        names = differing_settings(made_by, self._recipe(cell)[0].to_dict())
+        if names:
+            raise ValueError(
+                f"{folder} was trained by another recipe ({', '.join(names)}); name another folder with --output"
+            )
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+    def _calibrated(self, cell: Cell) -> Path:
+        """Folder of the model of ``cell`` after calibration."""
+        return self._folder(dataclasses.replace(cell, stage="calibrated")) / "model"
+
+    def _converted(self, cell: Cell) -> nn.Module:
+        """The model before anything is fitted; random weights depend on the cell and the sweep's seed only."""
+        with seeded(self.sweep.seed, cell.method, cell.keep_rate):
+            return convert_with(cell.method, self.dense, cell.keep_rate)
+
+    def _calibrate(self, cell: Cell, row: Row) -> None:
+        """Make :meth:`_calibrated` unless it is there, at the cost of ``row``."""
+        folder = self._calibrated(cell)
+        if (folder / CONFIG_NAME).is_file():  # written last
+            return
+        start = time.perf_counter()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model = self._converted(cell).to(self.sweep.device)
+        calibrate(model, self._calibration_images(), state=folder.with_name("calibration.state"), progress=self.tell)
+        save_model(model.cpu(), folder)
+        row.seconds += time.perf_counter() - start
 
     def _calibration_images(self) -> Tensor:
         """Evenly spaced training images as the validation transform prepares them, ``[B, 3, H, W]``."""
@@ -94,13 +117,14 @@ class CellModels:
         samples = self.samples(source)
         return collate([samples[(0, number)] for number in range(len(samples))]).images
 
-    def _recipe(self, cell: Cell, start_from: Path | None) -> tuple[TrainConfig, str]:
+    def _recipe(self, cell: Cell) -> tuple[TrainConfig, str]:
         """The recipe of a cell, from a calibrated model or the dense one, and what was different in it.
 
         The teacher is the same either way: calibration changes predictors and tails only.
         """
         recipe, note = self.sweep.recipe, []
         assert recipe is not None
+        start_from = self._calibrated(cell) if cell.learns_predictor else None
         phases = recipe.phases
         if not cell.learns_predictor:
             phases = tuple(p for p in phases if p.train != "predictor" and not set(p.losses) & set(SCORE_LOSSES))

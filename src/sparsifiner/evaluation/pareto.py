@@ -65,7 +65,6 @@ class _Run:
 
     def __init__(self, sweep: Sweep, folder: Path, tell: Progress, say: Callable[[str], None]) -> None:
         self.sweep, self.folder, self.tell, self.say = sweep, folder, tell, say
-        self.rows = load_rows(folder, sweep.purpose())
         data = sweep.data
         self.dense: Any = load_model(sweep.model, img_size=data.size)
         if is_converted(self.dense) or not getattr(self.dense, "num_classes", 0):
@@ -75,6 +74,8 @@ class _Run:
         source = open_source(data.source, data.path, data.val_split or "", train=False, download=data.download)
         if source.classes is None:
             raise ValueError("a sweep measures accuracy and needs labels; use a folder per class, or labelled data")
+        self.purpose = {**sweep.purpose(), "validation_images": len(source)}
+        self.rows = load_rows(folder, self.purpose)
         self.models = CellModels(sweep, folder, self.dense, self._samples, tell, say)
         self.samples = self._samples(source)
         self.order = image_order(len(source), sweep.seed)[: sweep.num_images].tolist()
@@ -85,7 +86,10 @@ class _Run:
         return Samples(source, transform, 0, replace_broken=False)
 
     def all_cells(self) -> list[Row]:
-        for cell in self.sweep.cells():
+        cells = self.sweep.cells()
+        for cell in cells:
+            self.models.check_recipe(cell)
+        for cell in cells:
             row = self.rows.get(cell)
             speed_missing = row is None or (row.ms is None and self.sweep.repeats > 0)
             if row is not None and len(row.hits) >= len(self.order) and not speed_missing:
@@ -154,4 +158,4 @@ class _Run:
 
     def _keep(self, row: Row) -> None:
         self.rows[row.cell] = row
-        save_rows(self.folder, self.sweep.purpose(), self.rows.values())
+        save_rows(self.folder, self.purpose, self.rows.values())

@@ -79,6 +79,7 @@ class Sweep:
             "model": self.model,
             "source": self.data.source,
             "split": self.data.val_split,
+            "train_split": self.data.train_split,
             "img_size": None if self.data.size is None else list(self.data.size),
             "calibration_images": self.calibration_images,
             "batch_size": self.batch_size,

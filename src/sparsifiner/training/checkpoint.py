@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 
 from ..files import replacing
 from ..messages import one_line
-from .recipe import TrainConfig
+from .recipe import TrainConfig, differing_settings
 
 CHECKPOINT_NAME = "checkpoint.pt"
+RESULT_NAME = "result.json"
 FORMAT = 1
-# What may differ between the run that wrote a checkpoint and the one that goes on from it.
-FREE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
 
 
 @dataclass
@@ -73,9 +71,7 @@ def load_checkpoint(folder: Path, config: TrainConfig, world: int) -> Checkpoint
         checkpoint = Checkpoint(**values)
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({one_line(error)}); start anew with another --output") from error
-    differing = sorted(set(_flat(checkpoint.recipe).items()) ^ set(_flat(config.to_dict()).items()))
-    names = sorted({name for name, _ in differing} - FREE)
-    if names:
+    if names := differing_settings(checkpoint.recipe, config.to_dict()):
         raise ValueError(
             f"{folder} holds a run of a different recipe ({', '.join(names)}); continue it with its own settings, "
             f"or start anew with another --output"
@@ -86,12 +82,3 @@ def load_checkpoint(folder: Path, config: TrainConfig, world: int) -> Checkpoint
             f"continue with as many, or start anew with another --output"
         )
     return checkpoint
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as ``{"data.path": "..."}``, values as JSON."""
-    if isinstance(values, dict) and values:
-        return {k: v for name, item in values.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
-    if isinstance(values, list) and values and isinstance(values[0], dict):
-        return {k: v for n, item in enumerate(values) for k, v in _flat(item, f"{prefix}.{n}").items()}
-    return {prefix: json.dumps(values)}

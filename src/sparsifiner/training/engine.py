@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from ..analysis.accuracy import Accuracy, count_correct
 from ..convert import always_sparse
 from ..files import check_writable, write_atomically
 from ..progress import Progress
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .batchnorm import average_statistics
+from .checkpoint import RESULT_NAME, Checkpoint, load_checkpoint, save_checkpoint
 from .data import Samples, TrainBatches, train_loader, train_transform, validation_loader, validation_transform
+from .meter import Meter
 from .objective import Objective
-from .phases import enter_phase, make_optimizer, make_scheduler, set_reconstruction, set_training_mode
+from .phases import check_phases, enter_phase, make_optimizer, make_scheduler, set_reconstruction, set_training_mode
 from .randomness import deterministic_algorithms, seed_of, seeded
 from .recipe import PhaseConfig, TrainConfig
 from .sources import ImageSource, open_source
@@ -105,12 +108,14 @@ class Run:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.history: list[dict[str, Any]] = []
         self.broken: dict[str, str] = {}
+        self.val_broken: dict[str, str] = {}
         self.checkpoint = load_checkpoint(folder, config, self.world)
         data = config.data
-        self.source = open_source(
-            data.source, data.path, data.train_split, train=True, download=data.download, limit=data.limit
-        )
-        self.val_source = self._validation_source()
+        with accelerator.main_process_first():  # it may download what the others then find
+            self.source = open_source(
+                data.source, data.path, data.train_split, train=True, download=data.download, limit=data.limit
+            )
+            val_source = self._validation_source()
         labelled = any("ce" in phase.losses for phase in config.phases)
         if labelled and self.source.classes is None:
             raise ValueError("the loss ce needs labels, but the images have none; leave ce out or use labelled data")
@@ -119,6 +124,7 @@ class Run:
         if classes is not None and self.num_classes is not None and self.num_classes < classes:
             raise ValueError(f"num_classes is {self.num_classes}, but the data has {classes} classes")
         student, teacher = build_models(config, self.num_classes)
+        check_phases(student, config.phases)
         self.student: Any = student.to(accelerator.device)
         self.teacher = teacher
         if teacher is not None:
@@ -127,9 +133,9 @@ class Run:
         size = data.size or tuple(student.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
         self.transform = train_transform(config.augment, size, normalisation)
         self.val_samples = None
-        if self.val_source is not None:
+        if val_source is not None and self._head_fits(val_source):
             transform = validation_transform(size, normalisation)
-            self.val_samples = Samples(self.val_source, transform, config.seed, replace_broken=False)
+            self.val_samples = Samples(val_source, transform, config.seed, replace_broken=False)
         self.updates_per_epoch = len(self.source) // (config.batch_size * self.world * config.accumulation)
         if not self.updates_per_epoch:
             raise ValueError(
@@ -182,7 +188,7 @@ class Run:
             scheduler.step_update(update)
             for part in range(micro):
                 batch = next(loader)
-                self._note_broken(batch.broken)
+                self._note_broken(batch.broken, self.broken, "image", "the next readable one takes its place")
                 with seeded(config.seed, number, update, part, self.rank), accelerator.accumulate(objective):
                     images = batch.images.to(accelerator.device, non_blocking=True)
                     target = batch.labels.to(accelerator.device, non_blocking=True)
@@ -237,19 +243,42 @@ class Run:
         )
 
     def _validation_source(self) -> ImageSource | None:
+        """The validation images, their labels numbered as those of training; None where the recipe wants none."""
         data = self.config.data
         if data.val_split is None or data.source == "images":
             return None
-        source = open_source(
-            data.source, data.path, data.val_split, train=False, download=data.download, limit=data.val_limit
-        )
-        return source if source.classes is not None else None
+        return open_source(
+            data.source, data.path, data.val_split, train=False, download=data.download, limit=data.val_limit,
+            classes=self.source.classes,
+        )  # fmt: skip
 
-    def _note_broken(self, broken: dict[str, str]) -> None:
+    def _head_fits(self, source: ImageSource) -> bool:
+        """Whether the model can be validated on these images; says so if not."""
+        if source.classes is None:
+            self.say("validation is skipped: its images have no labels; use labelled ones, or set data.val_split=null")
+            return False
+        head, classes = self.student.num_classes, len(source.classes)
+        if head == classes or (self.config.num_classes or 0) > classes:
+            return True
+        self.say(
+            f"validation is skipped: the model's head is for {head} classes and the data has {classes}; "
+            f"take a model with a head for them, or set data.val_split=null"
+        )
+        return False
+
+    def _note_broken(self, broken: dict[str, str], known: dict[str, str], what: str, outcome: str) -> None:
         for name, reason in broken.items():
-            if name not in self.broken:
-                self.broken[name] = reason
-                self.say(f"broken image {name} ({reason}); the next readable one takes its place")
+            if name not in known:
+                known[name] = reason
+                self.say(f"broken {what} {name} ({reason}); {outcome}")
+
+    def _of_all_processes(self, broken: dict[str, str]) -> dict[str, str]:
+        """Each process has met its own images."""
+        if self.world == 1:
+            return broken
+        from accelerate.utils import gather_object
+
+        return dict(gather_object(list(broken.items())))
 
     def _log(
         self, number: int, phase: PhaseConfig, done: int, total: int, meter: Meter, optimizer: torch.optim.Optimizer
@@ -270,23 +299,23 @@ class Run:
         return done + sum(phase.num_updates(self.updates_per_epoch) for phase in self.config.phases[:number])
 
     def _validate(self, number: int, done: int, stage: str) -> dict[str, Accuracy]:
-        """Accuracy of the model and of its average, if the validation images have the model's classes."""
-        if self.val_samples is None or not self._has_classes_of(self.val_samples.source):
+        """Accuracy of the model and of its average, if there are validation images."""
+        if self.val_samples is None:
             return {}
-        models: dict[str, nn.Module] = {"model": self.student}
-        if self.ema is not None:
-            models["ema"] = self.ema.module
+        self._average_statistics()
         found = {}
-        for name, model in models.items():
+        for name, model in self._models().items():
             loader = validation_loader(
                 self.val_samples, self.config.batch_size, self.config.data.workers, rank=self.rank, world=self.world
             )
             label, count = f"{stage}: validating {name} at step {done}", len(loader)
             with self.accelerator.autocast(), always_sparse(model):
-                found[name] = count_correct(
+                accuracy = count_correct(
                     model, loader, self.accelerator.device, reduce=self._sum,
                     progress=lambda at, label=label, count=count: self.progress(label, at, count),  # type: ignore[misc]
                 )  # fmt: skip
+            found[name] = dataclasses.replace(accuracy, broken=self._of_all_processes(accuracy.broken))
+            self._note_broken(found[name].broken, self.val_broken, "validation image", "it is left out")
             values = found[name].to_dict()
             self.history.append({"phase": number, "update": done, "validated": name, **values})
             shown = {f"{name}/{key}": values[key] for key in ("top1", "top5", "loss")}
@@ -298,15 +327,21 @@ class Run:
             )
         return found
 
-    def _has_classes_of(self, source: ImageSource) -> bool:
-        """Whether the model's classes are those of the images, as far as their number tells."""
-        classes = len(source.classes or ())
-        return self.student.num_classes == classes or (self.config.num_classes or 0) > classes
+    def _models(self) -> dict[str, nn.Module]:
+        """What is trained, by name: the model and, if there is one, its average."""
+        return {"model": self.student, **({} if self.ema is None else {"ema": self.ema.module})}
+
+    def _average_statistics(self) -> None:
+        """Let all processes validate and save the same model."""
+        if self.world > 1:
+            for model in self._models().values():
+                average_statistics(model, lambda values: self.accelerator.reduce(values, "mean"))
 
     def _sum(self, counts: Tensor) -> Tensor:
         return self.accelerator.reduce(counts.to(self.accelerator.device, torch.float64), "sum").cpu()
 
     def _save(self, phase: int, update: int, optimizer: torch.optim.Optimizer | None) -> None:
+        self._average_statistics()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             checkpoint = Checkpoint(
@@ -315,7 +350,7 @@ class Run:
                 update=update,
                 student=self.student.state_dict(),
                 optimizer=None if optimizer is None else optimizer.state_dict(),
-                scaler=None if scaler is None or optimizer is None else scaler.state_dict(),
+                scaler=None if scaler is None else scaler.state_dict(),
                 ema=None if self.ema is None else self.ema.module.state_dict(),
                 world=self.world,
                 history=self.history,
@@ -330,7 +365,7 @@ class Run:
         if self.ema is None and self.config.ema_decay is not None:  # resumed after the last step
             assert self.checkpoint is not None
             self.ema = self._averaged(self.checkpoint.ema)
-        models = {"model": self.student, **({} if self.ema is None else {"ema": self.ema.module})}
+        models = self._models()
         for model in models.values():
             model.eval()
             set_reconstruction(model, False)
@@ -338,48 +373,17 @@ class Run:
         if accuracy is None:
             last = len(self.config.phases) - 1
             accuracy = self._validate(last, self.config.phases[last].num_updates(self.updates_per_epoch), "end")
-        if self.world > 1:  # each process has met its own images
-            from accelerate.utils import gather_object
-
-            self.broken = dict(gather_object(list(self.broken.items())))
+        self.broken = self._of_all_processes(self.broken)
         if self.accelerator.is_main_process:
             for name, model in models.items():
                 save_model(model, self.folder / name)
             result = {
                 "accuracy": {name: value.to_dict() for name, value in accuracy.items()},
                 "broken": self.broken,
+                "val_broken": self.val_broken,
                 "recipe": self.config.to_dict(),
             }
-            write_atomically(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+            write_atomically(self.folder / RESULT_NAME, json.dumps(result, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         ema = None if self.ema is None else self.folder / "ema"
         return Result(self.folder / "model", ema, accuracy, self.broken, self.history)
-
-
-class Meter:
-    """Means of the losses since the last log line."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def add(self, total: Tensor, parts: dict[str, Tensor]) -> None:
-        for name, value in {"loss": total, **parts}.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.float()
-        self.count += 1
-
-    def check(self, phase: str, done: int) -> None:
-        """Stop before a checkpoint of a run that went wrong takes the place of a sound one."""
-        for name, value in self.sums.items():
-            if not torch.isfinite(value):
-                raise ValueError(
-                    f"the loss {name} is not finite at step {done} of phase {phase}; lower lr, set clip_grad, "
-                    f"or use precision=bf16 instead of fp16"
-                )
-
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means over all processes; counting starts anew."""
-        names = list(self.sums)
-        values = reduce(torch.stack([self.sums[name] for name in names]) / self.count).tolist()
-        self.sums, self.count = {}, 0
-        return dict(zip(names, values, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from timm.optim import create_optimizer_v2
@@ -10,7 +11,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..convert import find_sparse_layers, set_keep_rate, sparse_layers
+from .batchnorm import hold_frozen_statistics
 from .recipe import PhaseConfig, TrainConfig
+
+
+def check_phases(student: nn.Module, phases: Iterable[PhaseConfig]) -> None:
+    """Refuse a phase that the student cannot enter, before any of them trains.
+
+    Raises:
+        ValueError: in one line, if keep rates do not fit the layers, or what shall learn is not there.
+    """
+    layers = find_sparse_layers(student).values()
+    for phase in phases:
+        try:
+            _trainable(student, phase.train or "all")
+            if phase.keep_rate is not None:
+                for number, layer in enumerate(layers):
+                    layer.config.replace(keep_rate=phase.keep_rate).for_layer(number, len(layers))
+        except ValueError as error:
+            raise ValueError(f"phase {phase.name}: {error}") from error
 
 
 def enter_phase(student: nn.Module, phase: PhaseConfig) -> None:
@@ -32,12 +51,16 @@ def set_reconstruction(student: nn.Module, on: bool) -> None:
 
 
 def set_training_mode(student: nn.Module, phase: PhaseConfig) -> None:
-    """Training mode for what learns. A frozen backbone stays undisturbed by dropout."""
+    """Training mode for what learns.
+
+    While only predictors learn, the backbone is undisturbed by dropout; frozen BatchNorm never gathers statistics.
+    """
     student.train(phase.train != "predictor")
     if phase.train == "predictor":
         for layer in sparse_layers(student).values():
             layer.training = True  # the layer alone, for its reconstruction mode, not what it is made of
             layer.predictor.train()
+    hold_frozen_statistics(student)
 
 
 def make_optimizer(student: nn.Module, config: TrainConfig, phase: PhaseConfig) -> Optimizer:
@@ -55,13 +78,18 @@ def make_optimizer(student: nn.Module, config: TrainConfig, phase: PhaseConfig) 
 
 
 def make_scheduler(optimizer: Optimizer, phase: PhaseConfig, updates_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine; the rate is a function of the update, so a resumed run needs no more."""
+    """Linear warm-up to ``lr``, then a whole cosine down from it over the steps that are left.
+
+    The rate is a function of the update, so a resumed run needs no more.
+    """
+    warmup = phase.warmup_updates(updates_per_epoch)
     return CosineLRScheduler(
         optimizer,
-        t_initial=phase.num_updates(updates_per_epoch),
+        t_initial=max(1, phase.num_updates(updates_per_epoch) - warmup),
         lr_min=phase.min_lr,
-        warmup_t=phase.warmup_updates(updates_per_epoch),
+        warmup_t=warmup,
         warmup_lr_init=phase.warmup_lr,
+        warmup_prefix=True,
         t_in_epochs=False,
     )
 

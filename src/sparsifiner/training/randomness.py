@@ -13,14 +13,14 @@ import numpy
 import torch
 
 
-def seed_of(*position: int) -> int:
+def seed_of(*position: int | float | str) -> int:
     """A seed for a place in the run, such as (seed, phase, step, process); 63 bits."""
     digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager
-def seeded(*position: int) -> Iterator[None]:
+def seeded(*position: int | float | str) -> Iterator[None]:
     """Python's, numpy's and torch's generators as a function of ``position``; afterwards as they were."""
     seed = seed_of(*position)
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,6 +20,7 @@ LOSSES = ("ce", *TEACHER_LOSSES, *SCORE_LOSSES)
 TRAINABLE = ("predictor", "backbone", "head", "all")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "trackio", "wandb")
+WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
 SOURCES = "folder, images, cifar10-png, torch/<name> or hf/<name>"
 
 # The authors' weights; they sum the reconstruction over a batch of 168 images, 0.01 each, and here it is per image.
@@ -345,3 +346,18 @@ def _plain(value: Any) -> Any:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names such as ``data.val_split`` in which two recipes, as plain values, would give different results."""
+    different = _flat(one).items() ^ _flat(other).items()
+    return sorted({name for name, _ in different} - WITHOUT_CONSEQUENCE)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``{"data.path": "..."}``, values as JSON."""
+    if isinstance(values, dict) and values:
+        return {k: v for name, item in values.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return {k: v for n, item in enumerate(values) for k, v in _flat(item, f"{prefix}.{n}").items()}
+    return {prefix: json.dumps(values)}

@@ -86,9 +86,11 @@ def _trained_classes(config: TrainConfig, base: Any) -> int | None:
 def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
     """Whether a phase asks the teacher anything.
 
-    Attention is the student's own as long as only the predictor learns: then it is that of the same teacher.
+    Attention is the student's own where that is the same teacher's: while it runs dense and nothing but predictors
+    has learned.
     """
-    own_attention = phase.train == "predictor" and config.teacher == "same"
+    so_far = config.phases[: config.phases.index(phase) + 1]
+    own_attention = config.teacher == "same" and phase.dense_attention and all(p.train == "predictor" for p in so_far)
     attention = "attn_recon" in phase.losses and not own_attention and config.teacher != "none"
     return bool(set(phase.losses) & set(TEACHER_LOSSES)) or attention
 
