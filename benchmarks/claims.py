@@ -56,8 +56,8 @@ def small_drop(rows: Iterable[Row], dense: Row, methods: Iterable[str], least: f
         verdict = _verdict(100 * high <= ALLOWED, 100 * low > ALLOWED)
         beyond = "" if share <= most else " (saves more than the claim)"
         lines.append(
-            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {saved_text(row, dense, digits=1)} | {row.images} "
-            f"| {points(drop, (low, high), digits=2)} | {verdict}{beyond} |"
+            f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {saved_text(row, dense, digits=1)} "
+            f"| {row.images} | {points(drop, (low, high), digits=2)} | {verdict}{beyond} |"
         )
     return lines
 
@@ -85,11 +85,14 @@ def better_than_fixed(rows: Iterable[Row]) -> list[str]:
             other = min(found, key=lambda item: item.mhsa_full_macs)
             gain, (low, high) = other.drop_from(row)
             lines.append(
-                f"| {row.cell.method} | {row.cell.stage} | {row.cell.keep_rate:g} | {row.mhsa_full_macs / 1e6:.1f} | {name} "
-                f"| {other.cell.keep_rate:g} | {other.mhsa_full_macs / 1e6:.1f} | {points(gain, (low, high), digits=2)} "
-                f"| {_verdict(low > 0, high < 0)} |"
+                f"| {row.cell.method} | {row.cell.stage} | {_keep_and_cost(row)} | {name} | {_keep_and_cost(other)} "
+                f"| {points(gain, (low, high), digits=2)} | {_verdict(low > 0, high < 0)} |"
             )
     return lines
+
+
+def _keep_and_cost(row: Row) -> str:
+    return f"{row.cell.keep_rate:g} | {row.mhsa_full_macs / 1e6:.1f}"
 
 
 def _ordered(rows: Iterable[Row]) -> list[Row]:

@@ -48,6 +48,12 @@ def number(
         raise ValueError(f"{what} must be a {kind_of_number}, got {value!r}")
 
 
+def text(what: str, value: object, *, optional: bool = False) -> None:
+    """Refuse what is no text; None passes where ``optional``."""
+    if not isinstance(value, str) and not (optional and value is None):
+        raise ValueError(f"{what} must be text, got {value!r}; YAML takes 'quotes' for text that looks like another thing")
+
+
 def flag(what: str, value: object) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from .baselines import linformer, merge_tokens
+from .checks import choose
 from .config import PredictorName, SparsifinerConfig, check_keep_rate
 from .convert import sparsify
 from .grid import follow_grid
@@ -35,8 +36,7 @@ def find_method(name: str) -> Method:
     Raises:
         ValueError: if there is none of that name.
     """
-    if name not in METHODS:
-        raise ValueError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    choose("method", name, tuple(METHODS))
     return METHODS[name]
 
 

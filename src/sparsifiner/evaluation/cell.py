@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.accuracy import paired_drop, wilson_interval
+from ..checks import choose
 from ..methods import find_method
 
 STAGES = ("training-free", "calibrated", "fine-tuned")
@@ -32,8 +33,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         find_method(self.method)
-        if self.stage not in STAGES:
-            raise ValueError(f"stage {self.stage!r} is unknown; choose one of {', '.join(STAGES)}")
+        choose("stage", self.stage, STAGES)
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..checks import choose, number
+from ..checks import choose, flag, number, text
 from ..config import SparsifinerConfig, check_keep_rate
 from ..methods import find_method
 
@@ -19,6 +19,7 @@ SCORE_LOSSES = ("attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio
 LOSSES = ("ce", *TEACHER_LOSSES, *SCORE_LOSSES)
 TRAINABLE = ("predictor", "backbone", "head", "all")
 PRECISIONS = ("fp32", "bf16", "fp16")
+POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")  # timm's
 TRACKERS = ("tensorboard", "trackio", "wandb")
 WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
 SOURCES = "folder, images, cifar10-png, torch/<name> or hf/<name>"
@@ -88,6 +89,8 @@ class PhaseConfig:
         if self.train is None:
             object.__setattr__(self, "train", train)
         choose("train", self.train, TRAINABLE)
+        if not isinstance(self.losses, Mapping):
+            raise ValueError(f"losses of phase {self.name} must be weights, as {{ce: 1.0}}, got {self.losses!r}")
         for name, weight in self.losses.items():
             choose("loss", name, LOSSES)
             number(f"the weight of loss {name}", weight, least=0)
@@ -143,6 +146,11 @@ class DataConfig:
     val_limit: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("source", "train_split"):
+            text(f"data.{name}", getattr(self, name))
+        for name in ("path", "val_split"):
+            text(f"data.{name}", getattr(self, name), optional=True)
+        flag("data.download", self.download)
         head, _, rest = self.source.partition("/")
         if not (self.source in ("folder", "images", "cifar10-png", "hf") or (head in ("torch", "hf") and rest)):
             raise ValueError(f"data.source {self.source!r} is unknown; choose {SOURCES}")
@@ -195,8 +203,13 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop_scale", _tuple(self.crop_scale))
         scale = self.crop_scale
-        if not isinstance(scale, tuple) or len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        for share in scale if isinstance(scale, tuple) else ():
+            number("augment.crop_scale", share, above=0, most=1)
+        if not isinstance(scale, tuple) or len(scale) != 2 or scale[0] > scale[1]:
             raise ValueError(f"augment.crop_scale must be two shares, 0 < smallest <= largest <= 1, got {scale!r}")
+        text("augment.auto_augment", self.auto_augment, optional=True)
+        if self.auto_augment is not None:
+            choose("the policy of augment.auto_augment", self.auto_augment.partition("-")[0], POLICIES)
         for name in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob", "label_smoothing"):
             number(f"augment.{name}", getattr(self, name), least=0, most=1)
         for name in ("color_jitter", "mixup", "cutmix"):
@@ -269,9 +282,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
-        object.__setattr__(self, "trackers", tuple(self.trackers))
+        trackers = [self.trackers] if isinstance(self.trackers, str) else self.trackers or []
+        object.__setattr__(self, "trackers", tuple(trackers))
         if not self.phases:
             raise ValueError(f"a recipe needs phases; choose from {', '.join(PHASES)}")
+        for name in ("model", "teacher", "optimizer"):
+            text(name, getattr(self, name))
+        for name in ("pretrained", "ema_warmup", "deterministic"):
+            flag(name, getattr(self, name))
+        if not isinstance(self.model_args, Mapping):
+            raise ValueError(f"model_args must be arguments by name, got {self.model_args!r}")
         choose("precision", self.precision, PRECISIONS)
         for name in self.trackers:
             choose("tracker", name, TRACKERS)

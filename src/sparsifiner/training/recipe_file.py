@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..messages import one_line
 from ..checks import choose
+from ..messages import one_line
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
 
 T = TypeVar("T")
