@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -25,7 +27,7 @@ from sparsifiner.training.data import (
 )
 from sparsifiner.training.randomness import seeded
 from sparsifiner.training.recipe import AugmentConfig
-from sparsifiner.training.sources import open_source
+from sparsifiner.training.sources import Renumbered, TorchvisionSource, open_source
 
 NORMALISATION = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 0.9}
 
@@ -106,6 +108,37 @@ def test_a_hugging_face_set(tmp_path):
     assert read(source, 2)[0, 0].tolist() == [80, 0, 0]
     with pytest.raises(ValueError, match="cannot be opened"):
         open_source("hf", str(tmp_path / "none"), "train", train=True)
+
+
+def test_validation_labels_go_by_the_names_of_the_training_classes(folder_of_images, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(folder_of_images, root)
+    shutil.rmtree(root / "val" / "class1")
+    classes = open_source("folder", str(root), "train", train=True).classes
+
+    def val(limit=None):
+        return open_source("folder", str(root), "val", train=False, limit=limit, classes=classes)
+
+    assert val().classes == classes
+    assert [val().label(number) for number in range(16)] == [0] * 8 + [2] * 8
+    assert [val(4).label(number) for number in range(4)] == [0, 0, 2, 2]
+    assert val().name(9) == "class2/1.png"
+    assert read(val(), 9)[..., 2].mean() > 127
+    (root / "val" / "class2").rename(root / "val" / "klass2")
+    for name in "abc":
+        (root / "val" / name).mkdir()
+    with pytest.raises(ValueError, match="training does not have: a, b, c and 1 more; .* among the 3 ") as refused:
+        val()
+    assert "\n" not in str(refused.value)
+
+
+def test_named_classes_of_a_data_set_are_renumbered_too():
+    source = TorchvisionSource(SimpleNamespace(targets=[0, 1, -1]), ["dog", "cat"])
+    assert [Renumbered(source, ["cat", "cow", "dog"]).label(number) for number in range(3)] == [2, 0, -1]
+    with pytest.raises(ValueError, match="does not have: dog;"):
+        Renumbered(source, ["cat", "cow"])
+    with pytest.raises(ValueError, match="two training classes have the same name"):
+        Renumbered(source, ["cat", "dog", "cat"])
 
 
 def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path, monkeypatch):

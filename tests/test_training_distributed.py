@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +16,16 @@ from sparsifiner.training import load_recipe, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+def train_by_two(recipe, output):
+    """Each takes half of the recipe's batch of eight."""
+    # accelerate's own launcher starts one process only on a CPU; it takes the environment of torch's.
+    launch = f"""-m torch.distributed.run --standalone --nproc_per_node 2 -m sparsifiner.cli train
+        --recipe {recipe} --cpu --output {output} batch_size=4"""
+    done = subprocess.run([sys.executable, *launch.split()], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
@@ -33,11 +45,7 @@ def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    # accelerate's own launcher starts one process only on a CPU; it takes the environment of torch's.
-    launch = f"""-m torch.distributed.run --standalone --nproc_per_node 2 -m sparsifiner.cli train
-        --recipe {path} --cpu --output {tmp_path / "two"} batch_size=4"""
-    done = subprocess.run([sys.executable, *launch.split()], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = train_by_two(path, tmp_path / "two")
     assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["world"] == 2
     one = train(load_recipe(path), tmp_path / "one", cpu=True)
     assert done.stdout.count("written:") == 1, done.stdout  # the second process is silent
@@ -49,3 +57,34 @@ def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
     assert sum(float((a[name] - c[name]).abs().max()) > 1e-4 for name in a) > len(a) / 2
     assert f"{one.accuracy['model'].to_dict()['top1']:.2%}" in done.stdout
     assert start.accuracy["model"].images == 7
+
+
+def test_two_processes_share_batchnorm_statistics_and_what_is_broken(folder_of_images, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(folder_of_images, root)
+    for name in ("class0/0.png", "class0/1.png"):  # the first image of either process
+        (root / "val" / name).write_bytes(b"no picture")
+    recipe = {
+        "model": "lvvit_s",
+        "pretrained": False,
+        "model_args": TINY,
+        "sparsity": None,
+        "data": {"path": str(root), "img_size": 32, "workers": 0},
+        "batch_size": 8,
+        "ema_decay": 0.5,
+        "augment": {"mixup": 0, "cutmix": 0},
+        "phases": [{"name": "cls", "steps": 1}],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    train_by_two(path, tmp_path / "two")
+    train(load_recipe(path), tmp_path / "one", cpu=True)
+    for name in ("model", "ema"):
+        one, two = (load_model(str(tmp_path / run / name)).state_dict() for run in ("one", "two"))
+        # The mean of the halves' means is that of all; only of the first layer, the others see what it normalised.
+        mean = next(key for key in one if key.endswith("bn1.running_mean"))
+        assert one[mean].abs().max() > 1e-3
+        assert torch.allclose(one[mean], two[mean], rtol=1e-4, atol=1e-6)
+    written = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert written["val_broken"].keys() == {"class0/0.png", "class0/1.png"}
+    assert written["accuracy"]["model"]["broken"] == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import sparsifiner
 from sparsifiner.models import load_model
 from sparsifiner.training import engine, train
 from sparsifiner.training.data import Samples
+from sparsifiner.training.phases import set_training_mode
 from sparsifiner.training.recipe_file import from_dict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,8 +175,6 @@ def test_only_what_a_phase_trains_changes(recipe, tmp_path):
 
 
 def test_broken_images_are_reported_and_replaced(recipe, folder_of_images, tmp_path):
-    import shutil
-
     root = tmp_path / "images"
     shutil.copytree(folder_of_images, root)
     (root / "train" / "class1" / "3.png").write_bytes(b"no picture")
@@ -184,10 +185,12 @@ def test_broken_images_are_reported_and_replaced(recipe, folder_of_images, tmp_p
     result = train(recipe(data=data, phases=phases), tmp_path / "a", cpu=True, say=said.append)
     assert list(result.broken) == ["class1/3.png"]
     assert sum("broken image class1/3.png" in line for line in said) == 1
+    assert sum("broken validation image class0/0.png (" in line for line in said) == 1
     assert result.accuracy["model"].images == 23
     assert list(result.accuracy["model"].broken) == ["class0/0.png"]
     written = json.loads((tmp_path / "a" / "result.json").read_text())
     assert written["broken"].keys() == {"class1/3.png"}
+    assert written["val_broken"].keys() == {"class0/0.png"}
     assert written["accuracy"]["model"]["broken"] == 1
     train(recipe(data=data, phases=phases), tmp_path / "b", cpu=True)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
@@ -238,3 +241,118 @@ def test_a_teacher_without_a_head_for_the_classes_is_refused(recipe, tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="builtin has no trained head for 3 classes"):
         train(config, tmp_path, cpu=True)
+
+
+def test_validation_classes_are_those_of_training_by_name(recipe, folder_of_images, tmp_path, monkeypatch):
+    root = tmp_path / "images"
+    shutil.copytree(folder_of_images, root)
+    shutil.rmtree(root / "val" / "class1")
+    seen = set()
+
+    def counting(model, batches, *arguments, **settings):
+        batches = list(batches)
+        seen.update(label for batch in batches for label in batch.labels.tolist())
+        return plain(model, batches, *arguments, **settings)
+
+    plain = engine.count_correct
+    monkeypatch.setattr(engine, "count_correct", counting)
+    settings = {"data": {"path": str(root), "img_size": 32, "workers": 0}, "phases": [{"name": "cls", "steps": 1}]}
+    result = train(recipe(**settings), tmp_path / "out", cpu=True)
+    assert result.accuracy["model"].images == 16
+    assert seen == {0, 2}
+    (root / "val" / "class2").rename(root / "val" / "klass2")
+    (root / "val" / "class1").mkdir()
+    with pytest.raises(ValueError, match="classes that training does not have: klass2;"):
+        train(recipe(**settings), tmp_path / "refused", cpu=True)
+
+
+def test_validation_that_the_head_does_not_allow_is_said_to_be_skipped(recipe, tmp_path):
+    said = []
+    phases = [{"name": "joint", "steps": 1, "losses": {"token_mse": 1.0}}]
+    result = train(recipe(phases=phases), tmp_path, cpu=True, say=said.append)
+    assert result.accuracy == {}
+    assert sum("head is for 1000 classes and the data has 3; " in line for line in said) == 1
+
+
+def test_the_gradient_scaler_lives_on_from_phase_to_phase(recipe, tmp_path, monkeypatch):
+    """One on the CPU, of powers of two, which change no bit of the gradients."""
+    plain = engine.make_accelerator
+    live = []
+
+    def scaling(*arguments, **settings):
+        accelerator = plain(*arguments, **settings)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        live.append(accelerator.scaler)
+        return accelerator
+
+    def die(number, update):
+        if number == 1:
+            raise Killed
+
+    monkeypatch.setattr(engine, "make_accelerator", scaling)
+    phases = [{"name": "attn_recon", "steps": 3}, {"name": "cls", "steps": 3}]
+    config = recipe(phases=phases, checkpoint_every=100, data={**recipe().to_dict()["data"], "limit": 80})
+    train(config, tmp_path / "whole", cpu=True)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "resumed", cpu=True, on_update=die)
+    saved = torch.load(tmp_path / "resumed" / "checkpoint.pt", weights_only=True)
+    assert (saved["phase"], saved["update"]) == (1, 0)
+    assert (saved["scaler"]["scale"], saved["scaler"]["_growth_tracker"]) == (16.0, 1)
+    train(config, tmp_path / "resumed", cpu=True)
+    assert live[2].state_dict() == live[0].state_dict()
+    assert live[2].get_scale() == 64.0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+
+
+def test_every_phase_is_checked_before_the_first_one_trains(recipe, tmp_path):
+    steps = []
+    for changes, words in [
+        ({"keep_rate": [0.2, 0.3, 0.4]}, "phase joint: keep_rate has 3 entries but 2 layers"),
+        ({"train": "head", "losses": {"token_mse": 1.0}}, "phase joint: train is head, but VisionTransformer has none"),
+    ]:
+        first = {"name": "attn_recon", "steps": 1}
+        config = recipe(phases=[first, {"name": "joint", "steps": 1, **changes}], model_args={**TINY, "num_classes": 0})
+        with pytest.raises(ValueError, match=words):
+            train(config, tmp_path, cpu=True, on_update=lambda *step: steps.append(step))
+    assert not steps
+
+
+def test_frozen_batchnorm_gathers_no_statistics(recipe, tmp_path):
+    for train_what, still in [("head", True), ("predictor", True), ("backbone", False)]:
+        loss = {"attn_recon": 1.0} if train_what == "predictor" else {"ce": 1.0}
+        phases = [{"name": "joint", "steps": 1, "train": train_what, "losses": loss}]
+        config = recipe(model="lvvit_s", model_args=TINY, phases=phases, ema_decay=None)
+        train(config, tmp_path / train_what, cpu=True)
+        means = [value for name, value in weights(tmp_path / train_what).items() if name.endswith("running_mean")]
+        assert len(means) == 3
+        assert all(bool((mean == 0).all()) == still for mean in means), train_what
+
+
+def test_dropout_of_a_frozen_backbone_stays_on_while_the_head_learns(recipe):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3, affine=False), torch.nn.Dropout(), torch.nn.Linear(3, 3))
+    frozen = torch.nn.Sequential(torch.nn.BatchNorm1d(3, affine=False), torch.nn.Dropout(), torch.nn.Linear(3, 3))
+    model.append(frozen.requires_grad_(False))
+    set_training_mode(model, recipe(phases=[{"name": "cls", "steps": 1, "train": "head"}]).phases[0])
+    assert [part.training for part in model] == [True, True, True, True]
+    assert [part.training for part in frozen] == [False, True, True]
+
+
+def test_the_main_process_opens_the_data_first(recipe, tmp_path, monkeypatch):
+    """It alone downloads, then."""
+    events = []
+    plain = engine.open_source
+
+    @contextmanager
+    def first(self):
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    def opening(*arguments, **settings):
+        events.append(arguments[2])
+        return plain(*arguments, **settings)
+
+    monkeypatch.setattr("accelerate.Accelerator.main_process_first", first)
+    monkeypatch.setattr(engine, "open_source", opening)
+    train(recipe(phases=[{"name": "cls", "steps": 1}]), tmp_path, cpu=True)
+    assert events == ["enter", "train", "val", "leave"]

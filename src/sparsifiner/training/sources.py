@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.images import as_rgb
 from ..messages import one_line
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class FolderSource(ImageSource):
         from PIL import Image, ImageOps
 
         with Image.open(self.items[number][0]) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(opened))
 
     def label(self, number: int) -> int:
         return self.items[number][1]
@@ -122,7 +124,7 @@ class TorchvisionSource(ImageSource):
         return len(self.dataset)
 
     def image(self, number: int) -> Image:
-        return self.dataset[number][0].convert("RGB")
+        return as_rgb(self.dataset[number][0])
 
     def label(self, number: int) -> int:
         targets = getattr(self.dataset, "targets", None)
@@ -141,7 +143,7 @@ class HuggingFaceSource(ImageSource):
         return len(self.pictures)
 
     def image(self, number: int) -> Image:
-        return self.pictures[number][self.column].convert("RGB")
+        return as_rgb(self.pictures[number][self.column])
 
     def label(self, number: int) -> int:
         return -1 if self.labels is None else self.labels[number]
@@ -167,8 +169,54 @@ class Subset(ImageSource):
         return self.source.name(self.numbers[number])
 
 
+class Renumbered(ImageSource):
+    """Another source with its labels numbered by ``classes``, by their names; it may lack some of them.
+
+    Raises:
+        ValueError: in one line, if ``classes`` lacks one of its classes, or names two alike.
+    """
+
+    def __init__(self, source: ImageSource, classes: Sequence[str]) -> None:
+        self.source, self.classes = source, list(classes)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        own = source.classes or []
+        unknown = [str(name) for name in own if name not in numbers]
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise ValueError(
+                f"validation has classes that training does not have: {', '.join(unknown[:3])}{more}; its classes must "
+                f"be among the {len(numbers)} of the training images, by name; or set data.val_split=null"
+            )
+        if len(numbers) < len(self.classes):
+            raise ValueError(
+                "two training classes have the same name and validation lacks some, so labels cannot be told by name; "
+                "give validation all the classes of training, or set data.val_split=null"
+            )
+        self.numbers = [numbers[name] for name in own]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, number: int) -> Image:
+        return self.source.image(number)
+
+    def label(self, number: int) -> int:
+        label = self.source.label(number)
+        return label if label < 0 else self.numbers[label]
+
+    def name(self, number: int) -> str:
+        return self.source.name(number)
+
+
 def open_source(
-    source: str, path: str | None, split: str, *, train: bool, download: bool = False, limit: int | None = None
+    source: str,
+    path: str | None,
+    split: str,
+    *,
+    train: bool,
+    download: bool = False,
+    limit: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> ImageSource:
     """The images of one split.
 
@@ -179,9 +227,10 @@ def open_source(
         train: whether it is the training part, for sets that know only two.
         download: whether it may be downloaded.
         limit: use at most so many images, evenly spaced.
+        classes: of the training images, to number the labels of validation by; the split's own if None.
 
     Raises:
-        ValueError: in one line, if there is no such data.
+        ValueError: in one line, if there is no such data, or it has a class that is not among ``classes``.
     """
     if path is None and not source.startswith("hf/"):
         raise ValueError(f"data.path is not set; give the folder of the images (data.source is {source})")
@@ -195,6 +244,8 @@ def open_source(
         found = _torchvision(source.partition("/")[2], folder, split, train=train, download=download)
     else:
         found = _hugging_face(source.partition("/")[2], path, split, download=download)
+    if classes is not None and found.classes is not None and found.classes != list(classes):
+        found = Renumbered(found, classes)
     return Subset(found, limit) if limit is not None and limit < len(found) else found
 
 
