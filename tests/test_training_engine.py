@@ -207,6 +207,15 @@ def test_what_does_not_fit_is_refused_before_training(recipe, folder_of_images, 
     ]:
         with pytest.raises(ValueError, match=words):
             train(recipe(**{"phases": [{"name": "cls", "steps": 1}], **changes}), out, cpu=True)
+    for name, added in (("fewer", None), ("more", "class3")):
+        other = shutil.copytree(folder_of_images, tmp_path / name)
+        (other / "train" / "class1" / "3.png").unlink()
+        if added:
+            (other / "train" / added).mkdir()
+            shutil.copy(other / "train" / "class1" / "2.png", other / "train" / added)
+        (other / "train" / ".ipynb_checkpoints").mkdir()
+        with pytest.raises(ValueError, match="holds a run on other images"):
+            train(recipe(phases=[{"name": "cls", "steps": 1}], data={**data, "path": str(other)}), out, cpu=True)
     (out / "checkpoint.pt").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be read"):
         train(config, out, cpu=True)

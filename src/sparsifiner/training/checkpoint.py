@@ -14,7 +14,7 @@ from .recipe import TrainConfig, differing_settings
 
 CHECKPOINT_NAME = "checkpoint.pt"
 RESULT_NAME = "result.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Checkpoint:
         world: number of processes.
         history: log entries so far.
         broken: name and reason of the images that could not be read so far.
+        images: how many the training set has.
+        classes: their names, or None.
     """
 
     recipe: dict[str, Any]
@@ -46,6 +48,8 @@ class Checkpoint:
     world: int = 1
     history: list[dict[str, Any]] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
+    images: int = 0
+    classes: list[str] | None = None
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
@@ -55,11 +59,20 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         torch.save({"format": FORMAT, **values}, temporary)
 
 
-def load_checkpoint(folder: Path, config: TrainConfig, world: int) -> Checkpoint | None:
+def load_checkpoint(
+    folder: Path, config: TrainConfig, world: int, images: int, classes: list[str] | None
+) -> Checkpoint | None:
     """The checkpoint of the folder, or None if it has none.
 
+    Args:
+        folder: of the run.
+        config: the recipe to go on with.
+        world: number of processes.
+        images: how many the training set has.
+        classes: their names, or None.
+
     Raises:
-        ValueError: if it cannot be read, or belongs to another recipe or number of processes.
+        ValueError: if it cannot be read, or belongs to another recipe, other images or another number of processes.
     """
     path = folder / CHECKPOINT_NAME
     if not path.is_file():
@@ -75,6 +88,11 @@ def load_checkpoint(folder: Path, config: TrainConfig, world: int) -> Checkpoint
         raise ValueError(
             f"{folder} holds a run of a different recipe ({', '.join(names)}); continue it with its own settings, "
             f"or start anew with another --output"
+        )
+    if (checkpoint.images, checkpoint.classes) != (images, classes):
+        raise ValueError(
+            f"{folder} holds a run on other images ({checkpoint.images}, now there are {images}, or other classes); "
+            f"continue with the same, or start anew with another --output"
         )
     if checkpoint.world != world:
         raise ValueError(

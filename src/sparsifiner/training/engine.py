@@ -109,13 +109,13 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.broken: dict[str, str] = {}
         self.val_broken: dict[str, str] = {}
-        self.checkpoint = load_checkpoint(folder, config, self.world)
         data = config.data
         with accelerator.main_process_first():  # it may download what the others then find
             self.source = open_source(
                 data.source, data.path, data.train_split, train=True, download=data.download, limit=data.limit
             )
             val_source = self._validation_source()
+        self.checkpoint = load_checkpoint(folder, config, self.world, len(self.source), self.source.classes)
         labelled = any("ce" in phase.losses for phase in config.phases)
         if labelled and self.source.classes is None:
             raise ValueError("the loss ce needs labels, but the images have none; leave ce out or use labelled data")
@@ -355,6 +355,8 @@ class Run:
                 world=self.world,
                 history=self.history,
                 broken=self.broken,
+                images=len(self.source),
+                classes=self.source.classes,
             )
             save_checkpoint(checkpoint, self.folder)
             write_atomically(self.folder / "history.json", json.dumps(self.history, indent=1) + "\n")

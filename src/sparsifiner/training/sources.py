@@ -52,7 +52,8 @@ class FolderSource(ImageSource):
                 f"the image folder {folder} does not exist; set data.path, data.train_split, data.val_split"
             )
         if labelled:
-            self.classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+            names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+            self.classes = sorted(name for name in names if not name.startswith("."))
             if not self.classes:
                 raise ValueError(
                     f"{folder} holds no folder per class; for images without labels set data.source=images"
