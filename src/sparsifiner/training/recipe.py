@@ -282,8 +282,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
-        trackers = [self.trackers] if isinstance(self.trackers, str) else self.trackers or []
-        object.__setattr__(self, "trackers", tuple(trackers))
+        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers or ())
+        object.__setattr__(self, "trackers", trackers)
         if not self.phases:
             raise ValueError(f"a recipe needs phases; choose from {', '.join(PHASES)}")
         for name in ("model", "teacher", "optimizer"):
