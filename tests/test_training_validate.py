@@ -10,12 +10,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sparsifiner
-from sparsifiner import SparsifinerConfig
+from sparsifiner import SparsifinerConfig, count_flops, sparse_layers, sparsify
 from sparsifiner.analysis.accuracy import Batch, count_correct, wilson_interval
 from sparsifiner.cli import main
+from sparsifiner.convert import always_sparse
 from sparsifiner.evaluation import validate
+from sparsifiner.methods import convert_with
 from sparsifiner.training import DataConfig
+from sparsifiner.training.student import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -85,10 +87,79 @@ def test_validation_of_a_model_dense_beside_sparse(tiny_vit, folder_of_images):
     assert all(row.images_per_second > 0 for row in result.rows)
     with pytest.raises(ValueError, match="no classifier"):
         validate(tiny_vit(num_classes=0), data)
-    sparse_model = sparsifiner.sparsify(tiny_vit(num_classes=3), SparsifinerConfig(0.3))
+    sparse_model = sparsify(tiny_vit(num_classes=3), SparsifinerConfig(0.3))
     rows = validate(sparse_model, data, repeats=0).rows
-    assert [(row.name, row.images_per_second) for row in rows] == [("dense", None), ("sparse", None)]
+    assert [(row.name, row.images_per_second) for row in rows] == [("dense", None), ("keep 0.3", None)]
     assert rows[0].accuracy.loss == pytest.approx(dense.accuracy.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "keep_rate", "names"),
+    [
+        ("linformer", 0.3, ["linformer"]),
+        ("tome", 0.4, ["tome"]),
+        ("evit", 0.6, ["dense", "pruned 0.6"]),
+        ("sparsifiner", 0.2, ["dense", "keep 0.2"]),
+        ("sparsifiner-evit", 0.2, ["dense", "pruned 0.7, keep 0.2"]),
+    ],
+)
+def test_a_converted_model_is_measured_as_it_is(
+    tiny_vit, folder_of_images, images, cli, tmp_path, method, keep_rate, names
+):
+    data, x = DataConfig(path=str(folder_of_images), workers=0), images(1, 3, 32, 32)
+    plain = tiny_vit(num_classes=3)
+    converted, folder = convert_with(method, plain, keep_rate), tmp_path / "model"
+    save_model(converted, folder)  # as train and pareto do
+    rows = validate(str(folder), data, batch_size=8, repeats=1).rows
+    assert [row.name for row in rows] == names
+    assert [row.name for row in validate(converted, data, repeats=0).rows] == names
+    assert all(row.images_per_second > 0 for row in rows)
+    dense = validate(plain, data, batch_size=8, repeats=0).rows[0]
+    own = rows[-1]
+    with always_sparse(converted):
+        assert own.total_macs == count_flops(converted, x).total_macs < dense.total_macs
+    assert own.accuracy.loss != pytest.approx(dense.accuracy.loss, rel=1e-4)
+    if len(rows) == 2:
+        assert (rows[0].total_macs, rows[0].mhsa_macs) == (dense.total_macs, dense.mhsa_macs)
+        assert rows[0].accuracy.loss == pytest.approx(dense.accuracy.loss, rel=1e-5)
+    with pytest.raises(ValueError, match=rf"model is converted already \({names[-1]}\); leave the configuration out"):
+        validate(str(folder), data, config=SparsifinerConfig())
+    command = ["validate", "--model", folder, "--data", folder_of_images, "--workers", 0, "--repeats", 0, "--json"]
+    code, printed, err = cli(*command, "--keep-rate", "0.5,0.9")
+    if "sparsifiner" in method:
+        assert code == 0, err
+        rated = [names[-1].replace("0.2", "0.5"), names[-1].replace("0.2", "0.9")]
+        assert [row["name"] for row in json.loads(printed)["rows"]] == ["dense", *rated]
+    else:
+        assert (code, printed) == (2, "")
+        assert err == f"error: {folder} has no attention with a keep rate ({names[-1]}); leave the keep rates out\n"
+
+
+def test_rows_are_named_by_the_keep_rates_of_all_layers(tiny_vit, folder_of_images):
+    data, plain = DataConfig(path=str(folder_of_images), workers=0), tiny_vit(num_classes=3)
+    by_layer = sparsify(plain, keep_rate=(0.5, 0.2))
+    assert [row.name for row in validate(by_layer, data, repeats=0).rows] == ["dense", "keep 0.2 to 0.5"]
+    threshold = SparsifinerConfig.paper(score_threshold=0.01)
+    assert [row.name for row in validate(plain, data, config=threshold, repeats=0).rows] == ["dense", "sparse"]
+    with pytest.raises(ValueError, match=r"no attention with a keep rate \(sparse\)"):
+        validate(plain, data, config=threshold, keep_rates=(0.1,))
+
+
+@pytest.mark.parametrize("method", ["dense", "sparsifiner", "sparsifiner-evit", "linformer"])
+def test_validation_leaves_the_callers_model_alone(tiny_vit, folder_of_images, method):
+    model = convert_with(method, tiny_vit(num_classes=3), 0.3).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = {name: type(module) for name, module in model.named_modules()}
+    rates = (0.1, 0.6) if method != "linformer" else ()
+    data = DataConfig(path=str(folder_of_images), workers=0)
+    validate(model, data, keep_rates=rates, dtype=torch.bfloat16, repeats=0)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]) for name in before)
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert all(module.training for module in model.modules())
+    if "sparsifiner" in method:
+        assert {layer.config.keep_rate for layer in sparse_layers(model).values()} == {0.3}
 
 
 def test_train_and_validate_from_the_command_line(cli, folder_of_images, tmp_path):
@@ -124,7 +195,7 @@ def test_train_and_validate_from_the_command_line(cli, folder_of_images, tmp_pat
     assert code == 0, err
     data = json.loads(printed)
     assert data == json.loads(file.read_text())
-    assert [row["name"] for row in data["rows"]] == ["dense", "sparse"]
+    assert [row["name"] for row in data["rows"]] == ["dense", "keep 0.3"]
     low, high = data["rows"][1]["top1_interval"]
     assert low < data["rows"][1]["top1"] < high
 

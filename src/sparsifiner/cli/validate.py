@@ -1,4 +1,4 @@
-"""``sparsifiner validate``: accuracy, FLOPs and speed on labelled images, dense beside sparse."""
+"""``sparsifiner validate``: accuracy, FLOPs and speed on labelled images, beside the dense twin."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def validate(
     data: DataFolder = None,
     model: Annotated[
         str,
-        typer.Option(help="A timm model name, or a folder of train or save_pretrained.", metavar="NAME|FOLDER"),
+        typer.Option(help="A timm model name, or a folder of train, pareto or save_pretrained.", metavar="NAME|FOLDER"),
     ] = "builtin",
     source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split; '' if the folder is it.")] = "val",
@@ -51,7 +51,7 @@ def validate(
     output: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
     json: Json = False,
 ) -> None:
-    """Top-1 and top-5 with their 95 % intervals, loss, FLOPs and images per second: dense beside sparse."""
+    """Top-1 and top-5 with their 95 % intervals, loss, FLOPs and images per second, beside the dense model's."""
     rates, size = parse_keep_rates(keep_rate), parse_one_size(img_size, "validate")
     check_dtype(dtype)
 

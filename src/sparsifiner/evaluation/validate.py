@@ -1,7 +1,8 @@
-"""What a model is worth on labelled images: accuracy, FLOPs and speed, dense beside sparse."""
+"""What a model is worth on labelled images: accuracy, FLOPs and speed, beside its dense twin."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 from ..analysis import count_flops, interleave
 from ..analysis.accuracy import Accuracy, count_correct
+from ..baselines import baseline_settings
 from ..config import SparsifinerConfig
-from ..convert import always_sparse, densify, is_sparse, set_keep_rate, sparsify
+from ..convert import always_sparse, densify, find_sparse_layers, is_sparse, set_keep_rate, sparsify
 from ..models import load_model
 from ..progress import Progress
+from ..saving import is_converted
+from ..tokens import is_pruned, token_pruning, unprune_tokens
 from ..training.data import Samples, validation_loader, validation_transform
 from ..training.recipe import DataConfig
 from ..training.sources import ImageSource, open_source
@@ -26,11 +30,11 @@ class ValidationRow:
     """One model.
 
     Args:
-        name: ``dense``, or ``keep 0.1``.
+        name: what it is: ``dense``, ``keep 0.1``, ``pruned 0.7, keep 0.1``, ``linformer``.
         accuracy: on the validation images.
         total_macs: multiply-adds per image, all of it.
         mhsa_macs: those of attention without its projections, as the paper counts.
-        images_per_second: on one batch, median of runs that alternate with the other models'; None if not measured.
+        images_per_second: on one batch, median of runs that alternate with the first row's; None if not measured.
     """
 
     name: str
@@ -47,11 +51,11 @@ class ValidationRow:
 
 @dataclass(frozen=True)
 class Validation:
-    """Dense and sparse rows of one model.
+    """One model, beside its dense twin where it has one.
 
     Args:
-        model: its name or folder.
-        rows: dense first.
+        model: its name or folder, or its class.
+        rows: the dense one first, if there is one.
         img_size: rows and columns in pixels.
         batch_size: of the speed measurement.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
@@ -89,14 +93,16 @@ def validate(
     repeats: int = 5,
     progress: Progress | None = None,
 ) -> Validation:
-    """Classify the validation images with the dense model and with the sparse one at each keep rate.
+    """Classify the validation images with the dense model and with the converted one, at each keep rate if it has them.
 
-    Attention of the sparse rows is sparse at every size, also where the model by itself would attend densely
-    because that is faster (``SparsifinerConfig.dense_below``).
+    A dense model is made sparse. One that is sparse, pruned or both is measured as it is, beside its dense twin of the
+    same weights; a baseline (Linformer, token merging) has no such twin and is measured alone.
+
+    Sparse attention is sparse at every size here, also where the model by itself would attend densely because that is
+    faster (``SparsifinerConfig.dense_below``).
 
     Args:
-        model: ``builtin``, a timm name, a folder ``train`` or ``save_pretrained`` wrote, or a model. A sparse one
-            is compared with its dense twin of the same weights.
+        model: ``builtin``, a timm name, a folder ``train`` or ``save_pretrained`` wrote, or a model, which is copied.
         data: where the images are; ``val_split`` and ``val_limit`` count.
         config: sparse settings for a dense model; the training-free default if None.
         keep_rates: one sparse row each; the settings' own if empty.
@@ -107,47 +113,73 @@ def validate(
         progress: told what is being done.
 
     Raises:
-        ValueError: in one line, if model and data do not fit, or there is no readable labelled image.
+        ValueError: in one line, if model and data do not fit, there is no readable labelled image, ``config`` is given
+            for a converted model, or ``keep_rates`` for one without sparse layers that have a keep rate.
     """
     tell = progress or (lambda stage, done, total: None)
     device, source = torch.device(device), _open(data)
-    loaded = load_model(model, img_size=data.size) if isinstance(model, str) else model
+    title = model if isinstance(model, str) else type(model).__name__
+    loaded = load_model(model, img_size=data.size) if isinstance(model, str) else copy.deepcopy(model)
     loaded = loaded.to(device, dtype).eval()
     if not getattr(loaded, "num_classes", 0):
-        raise ValueError(f"{model if isinstance(model, str) else type(model).__name__} has no classifier to validate")
-    if is_sparse(loaded):
+        raise ValueError(f"{title} has no classifier to validate")
+    if is_converted(loaded):
         if config is not None:
-            raise ValueError(f"{model} is sparse already and has its own settings; leave the configuration out")
-        dense, sparse = densify(loaded), loaded
+            raise ValueError(f"{title} is converted already ({_describe(loaded)}); leave the configuration out")
+        dense, converted = _dense_twin(loaded), loaded
     else:
-        dense, sparse = loaded, sparsify(loaded, config)
-    size = data.size or tuple(dense.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
-    transform = validation_transform((size[0], size[1]), resolve_model_data_config(dense))
+        dense, converted = loaded, sparsify(loaded, config)
+    if keep_rates and not _keep_rates(converted):
+        raise ValueError(
+            f"{title} has no attention with a keep rate ({_describe(converted)}); leave the keep rates out"
+        )
+    size = data.size or tuple(loaded.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
+    transform = validation_transform((size[0], size[1]), resolve_model_data_config(loaded))
     samples = Samples(source, transform, 0, replace_broken=False)
     x = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    variants: list[tuple[str, nn.Module, float | None]] = [("dense", dense, None)]
-    variants += [(f"keep {rate:g}", sparse, rate) for rate in keep_rates] or [("sparse", sparse, None)]
+    variants: list[tuple[nn.Module, float | None]] = [] if dense is None else [(dense, None)]
+    variants += [(converted, rate) for rate in keep_rates or (None,)]
     rows: list[ValidationRow] = []
     broken: dict[str, str] = {}
-    for name, variant, rate in variants:
+    for variant, rate in variants:
         if rate is not None:
             set_keep_rate(variant, rate)
         with always_sparse(variant):
-            rows.append(_measure(name, dense, variant, samples, x, data.workers, repeats, tell))
+            rows.append(_measure(variants[0][0], variant, samples, x, data.workers, repeats, tell))
         broken.update(rows[-1].accuracy.broken)
-    return Validation(
-        model if isinstance(model, str) else type(model).__name__,
-        rows,
-        (size[0], size[1]),
-        batch_size,
-        str(dtype).removeprefix("torch."),
-        broken,
-    )
+    return Validation(title, rows, (size[0], size[1]), batch_size, str(dtype).removeprefix("torch."), broken)
+
+
+def _describe(model: nn.Module) -> str:
+    """What was done to a model: ``dense``, ``keep 0.1``, ``pruned 0.7, keep 0.1 to 0.3``, ``linformer`` and so on."""
+    done = []
+    if is_pruned(model):
+        done.append(f"pruned {token_pruning(model).keep_rate:g}")
+    baseline = baseline_settings(model)
+    if baseline is not None:
+        done.append(baseline["name"])
+    if is_sparse(model):
+        rates = _keep_rates(model)
+        done.append(f"keep {' to '.join(f'{r:g}' for r in sorted({rates[0], rates[-1]}))}" if rates else "sparse")
+    return ", ".join(done) or "dense"
+
+
+def _keep_rates(model: nn.Module) -> list[float]:
+    """Those of the sparse layers, rising; a layer with a score threshold in their place has none."""
+    layers = find_sparse_layers(model).values()
+    return sorted(layer.predictor.keep_rate for layer in layers if layer.config.score_threshold is None)
+
+
+def _dense_twin(model: nn.Module) -> nn.Module | None:
+    """A converted model's weights with dense attention and every token, or None if nothing leads back there."""
+    if baseline_settings(model) is not None:
+        return None
+    dense = densify(model) if is_sparse(model) else model
+    return unprune_tokens(dense) if is_pruned(dense) else dense
 
 
 def _measure(
-    name: str,
-    dense: nn.Module,
+    reference: nn.Module,
     variant: nn.Module,
     samples: Samples,
     x: Tensor,
@@ -155,7 +187,8 @@ def _measure(
     repeats: int,
     tell: Progress,
 ) -> ValidationRow:
-    """One row; ``x`` is the batch ``[B, 3, H, W]`` that speed is measured on."""
+    """The row of ``variant``; ``x`` is the batch ``[B, 3, H, W]`` that its speed is measured on."""
+    name = _describe(variant)
     loader = validation_loader(samples, len(x), workers)
     told = partial(_tell_batches, tell, f"{name}: accuracy", len(loader))
     accuracy = count_correct(Cast(variant, x.dtype), loader, x.device, progress=told)
@@ -163,7 +196,7 @@ def _measure(
     speed = None
     if repeats:
         tell(f"{name}: speed", 0, 1)
-        speed = _speed(dense, variant, x, repeats)
+        speed = _speed(reference, variant, x, repeats)
         tell(f"{name}: speed", 1, 1)
     return ValidationRow(name, accuracy, flops.total_macs, flops.mhsa_macs, speed)
 
@@ -195,12 +228,12 @@ def _open(data: DataConfig) -> ImageSource:
     return source
 
 
-def _speed(dense: nn.Module, variant: nn.Module, x: Tensor, repeats: int) -> float:
-    """Images per second of ``variant``, its runs alternating with dense ones."""
+def _speed(reference: nn.Module, variant: nn.Module, x: Tensor, repeats: int) -> float:
+    """Images per second of ``variant``, its runs alternating with those of ``reference``."""
 
     @torch.inference_mode()
     def run(model: nn.Module) -> None:
         model(x)
 
-    timings = interleave(lambda: run(dense), lambda: run(variant), repeats=repeats, warmup=1)
+    timings = interleave(lambda: run(reference), lambda: run(variant), repeats=repeats, warmup=1)
     return len(x) / timings.sparse_median
