@@ -18,7 +18,7 @@ from sparsifiner import from_pretrained
 from sparsifiner.analysis.accuracy import paired_drop
 from sparsifiner.baselines import baseline_settings
 from sparsifiner.cli import main
-from sparsifiner.evaluation import Cell, Row, Sweep, run_sweep
+from sparsifiner.evaluation import Cell, Row, Sweep, run_sweep, validate
 from sparsifiner.evaluation.results import load_rows
 from sparsifiner.methods import METHODS, convert_with
 from sparsifiner.models import load_model
@@ -279,6 +279,26 @@ def test_the_paired_interval_against_published_values():
     assert same[1][0] < 0 < same[1][1]
     with pytest.raises(ValueError, match="same images"):
         paired_drop(before, before[1:])
+
+
+def test_labels_are_numbered_by_the_classes_of_training(classifier, folder_of_images, tmp_path):
+    """Also where validation lacks a class; without the training part beside it that cannot be known, and is said."""
+    model = load_model(str(classifier))
+    parts = shutil.copytree(folder_of_images, tmp_path / "data")
+    shutil.rmtree(parts / "val" / "class0")
+    (parts / "train" / ".ipynb_checkpoints").mkdir()
+    data = DataConfig(path=str(parts), img_size=32, workers=0)
+    whole = validate(model, dataclasses.replace(data, path=str(folder_of_images)), repeats=0).rows[0].accuracy
+    some = validate(model, data, repeats=0).rows[0].accuracy
+    assert (whole.images, some.images) == (24, 16)
+    assert whole.top1 > 18
+    assert some.top1 > 12
+    with pytest.warns(UserWarning, match="the images have 2 classes and the model 3"):
+        validate(model, dataclasses.replace(data, train_split="nothing"), repeats=0)
+    (parts / "val" / "class9").mkdir()
+    shutil.copy(parts / "val" / "class1" / "0.png", parts / "val" / "class9")
+    with pytest.raises(ValueError, match="validation has classes that training does not have: class9"):
+        validate(model, data, repeats=0)
 
 
 @pytest.mark.parametrize("method", ["linformer", "tome"])

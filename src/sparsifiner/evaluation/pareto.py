@@ -24,7 +24,7 @@ from ..models import load_model
 from ..progress import Progress
 from ..saving import is_converted
 from ..training.data import Samples, collate, validation_transform
-from ..training.sources import ImageSource, open_source
+from ..training.sources import ImageSource, open_validation
 from .cell import Row, image_order
 from .fitting import CellModels
 from .results import load_rows, save_rows
@@ -71,9 +71,10 @@ class _Run:
             raise ValueError(f"{sweep.model} must be a dense model with a classifier; train one first")
         embed: Any = self.dense.patch_embed
         self.size: tuple[int, int] = data.size or tuple(embed.img_size)
-        source = open_source(data.source, data.path, data.val_split or "", train=False, download=data.download)
-        if source.classes is None:
-            raise ValueError("a sweep measures accuracy and needs labels; use a folder per class, or labelled data")
+        source = open_validation(
+            data.source, data.path, data.val_split or "", train_split=data.train_split,
+            num_classes=self.dense.num_classes, download=data.download, limit=None,
+        )  # fmt: skip
         self.purpose = {**sweep.purpose(), "validation_images": len(source)}
         self.rows = load_rows(folder, self.purpose)
         self.models = CellModels(sweep, folder, self.dense, self._samples, tell, say)

@@ -22,7 +22,7 @@ from ..saving import is_converted
 from ..tokens import is_pruned, token_pruning, unprune_tokens
 from ..training.data import Samples, validation_loader, validation_transform
 from ..training.recipe import DataConfig
-from ..training.sources import ImageSource, open_source
+from ..training.sources import open_validation
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,16 @@ def validate(
             for a converted model, or ``keep_rates`` for one without sparse layers that have a keep rate.
     """
     tell = progress or (lambda stage, done, total: None)
-    device, source = torch.device(device), _open(data)
+    device = torch.device(device)
+    if data.val_split is None:
+        raise ValueError("data.val_split is null; name the split to validate on, or '' if data.path is it")
     title = model if isinstance(model, str) else type(model).__name__
     loaded = load_model(model, img_size=data.size) if isinstance(model, str) else copy.deepcopy(model)
     loaded = loaded.to(device, dtype).eval()
-    if not getattr(loaded, "num_classes", 0):
-        raise ValueError(f"{title} has no classifier to validate")
+    source = open_validation(
+        data.source, data.path, data.val_split, train_split=data.train_split,
+        num_classes=getattr(loaded, "num_classes", 0), download=data.download, limit=data.val_limit,
+    )  # fmt: skip
     if is_converted(loaded):
         if config is not None:
             raise ValueError(f"{title} is converted already ({_describe(loaded)}); leave the configuration out")
@@ -214,18 +218,6 @@ class Cast(nn.Module):
 
 def _tell_batches(tell: Progress, stage: str, total: int, done: int) -> None:
     tell(stage, done, total)
-
-
-def _open(data: DataConfig) -> ImageSource:
-    """The validation images."""
-    if data.val_split is None:
-        raise ValueError("data.val_split is null; name the split to validate on, or '' if data.path is it")
-    source = open_source(
-        data.source, data.path, data.val_split, train=False, download=data.download, limit=data.val_limit
-    )
-    if source.classes is None:
-        raise ValueError("validation needs labels; use a folder per class, or another labelled data.source")
-    return source
 
 
 def _speed(reference: nn.Module, variant: nn.Module, x: Tensor, repeats: int) -> float:

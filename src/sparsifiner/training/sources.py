@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,8 +53,7 @@ class FolderSource(ImageSource):
                 f"the image folder {folder} does not exist; set data.path, data.train_split, data.val_split"
             )
         if labelled:
-            names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-            self.classes = sorted(name for name in names if not name.startswith("."))
+            self.classes = class_folders(folder)
             if not self.classes:
                 raise ValueError(
                     f"{folder} holds no folder per class; for images without labels set data.source=images"
@@ -83,6 +83,12 @@ class FolderSource(ImageSource):
 
     def name(self, number: int) -> str:
         return str(self.items[number][0].relative_to(self.root))
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in ``folder``, sorted; hidden ones are none of the classes."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(name for name in names if not name.startswith("."))
 
 
 class CifarPngSource(ImageSource):
@@ -207,6 +213,39 @@ class Renumbered(ImageSource):
 
     def name(self, number: int) -> str:
         return self.source.name(number)
+
+
+def open_validation(
+    source: str, path: str | None, split: str, *, train_split: str, num_classes: int, download: bool, limit: int | None
+) -> ImageSource:
+    """Labelled validation images for a model with a head for ``num_classes``; other arguments as in `open_source`.
+
+    Where a training part lies beside the validation part, the classes are numbered by its folders.
+
+    Raises:
+        ValueError: in one line, if the images have no labels, or the model no head for as many classes.
+    """
+    classes = None
+    beside = Path(path or ".").expanduser() / train_split
+    if source == "folder" and train_split and beside.is_dir():
+        classes = class_folders(beside)
+    found = open_source(source, path, split, train=False, download=download, limit=limit, classes=classes)
+    if found.classes is None:
+        raise ValueError("validation needs labels; use a folder per class, or another labelled data.source")
+    if not num_classes:
+        raise ValueError("the model has no classifier to validate; train one first, or name another model")
+    if len(found.classes) > num_classes:
+        raise ValueError(
+            f"the images have {len(found.classes)} classes, but the model's head is for {num_classes}; take a model that "
+            f"was trained on them"
+        )
+    if len(found.classes) < num_classes:
+        warnings.warn(
+            f"the images have {len(found.classes)} classes and the model {num_classes}; that is right only if theirs are "
+            f"the model's first ones, in this order",
+            stacklevel=2,
+        )
+    return found
 
 
 def open_source(
