@@ -18,6 +18,7 @@ import torch
 
 from sparsifiner import SparsifinerConfig, calibrate, sparsify
 from sparsifiner.analysis.images import SUFFIXES
+from sparsifiner.files import write_atomically
 from sparsifiner.models import load_model
 
 LOWRANK = dict(predictor="lowrank")
@@ -65,7 +66,7 @@ def main() -> None:
         }
         for which in ("before", "after"):
             del results[name][which]["density_per_layer"], results[name][which]["images"]
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically(arguments.output, json.dumps(results, indent=1) + "\n")
         state.unlink()
     for name, result in results.items():
         for which in ("before", "after"):

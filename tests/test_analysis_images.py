@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -13,9 +15,10 @@ from PIL import Image
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
-from sparsifiner.analysis.images import bundled_photos, check_size, crop, load_photos, preprocess
+from sparsifiner.analysis.images import as_rgb, bundled_photos, check_size, crop, load_photos, preprocess
 from sparsifiner.analysis.maps import attention_maps
 from sparsifiner.analysis.pictures import draw_maps
+from sparsifiner.training.sources import FolderSource, HuggingFaceSource, TorchvisionSource
 
 
 @pytest.fixture
@@ -53,6 +56,46 @@ def test_folders_without_images_are_refused(tmp_path):
         load_photos(tmp_path / "only.jpg")
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path, suffix):
+    grey = numpy.arange(0, 65536, 64, dtype="uint16").reshape(32, 32)
+    Image.fromarray(grey).save(tmp_path / f"a.{suffix}")
+    opened = Image.open(tmp_path / f"a.{suffix}")
+    assert opened.mode in ("I;16", "I")
+    dataset = SimpleNamespace(select_columns=lambda names: [{"image": opened}])
+    images = [
+        FolderSource(tmp_path, labelled=False).image(0),
+        TorchvisionSource([(opened, 0)], ["a"]).image(0),
+        HuggingFaceSource(dataset, "image", None).image(0),
+        *([] if suffix == "ppm" else [load_photos(tmp_path).photos[0].image]),
+    ]
+    for image in images:
+        assert image.mode == "RGB"
+        assert abs(numpy.asarray(image)[..., 0] - grey / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (numpy.ones((4, 4), "float32"), "it holds floating-point numbers; save it with 8 or 16 bits"),
+        (numpy.full((4, 4), 65536, "int32"), "it holds whole numbers beyond 16 bits; save it with 8 or 16 bits"),
+        (numpy.full((4, 4), -1, "int32"), "it holds whole numbers beyond 16 bits; save it with 8 or 16 bits"),
+    ],
+)
+def test_numbers_without_a_known_white_are_unreadable(tmp_path, pixels, reason):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    assert load_photos(tmp_path).skipped == {"a.tif": reason}
+    with pytest.raises(ValueError, match=reason):
+        FolderSource(tmp_path, labelled=False).image(0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_eight_bits_are_read_as_pillow_converts_them(mode):
+    image = Image.effect_noise((8, 8), 90).convert("RGB").convert(mode)
+    assert as_rgb(image).tobytes() == image.convert("RGB").tobytes()
+
+
 def test_four_photographs_are_bundled():
     assert [photo.name for photo in bundled_photos().photos] == [
         "astronaut.jpg",
@@ -81,6 +124,8 @@ def test_sizes_that_do_not_divide_are_refused_with_near_ones():
         check_size((500, 500), (14, 14))
     with pytest.raises(ValueError, match="28x50 .* use 28x42 or 28x56"):
         check_size((28, 50), (14, 14))
+    with pytest.raises(ValueError, match="0 is not a multiple of the model's 14x14 patches; use 14$"):
+        check_size((0, 0), (14, 14))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +172,21 @@ def test_maps_of_a_model_with_relative_positions_show_them():
         dense(x)
     attention = attention_maps(dense, sparse, x, queries=[(1, 2)]).layers[0].attention
     torch.testing.assert_close(attention[0].flatten(), seen["attention"][0, :, 1 + 4 + 2, 1:].mean(0))
+
+
+def test_maps_show_layers_that_chose_keys(models):
+    dense, sparse = models
+    mixed = copy.deepcopy(sparse)
+    first = mixed.blocks[0].attn
+    first.configure(first.config.replace(dense_below=10**6))
+    x = torch.randn(1, 3, 96, 96)
+    assert [layer.number for layer in attention_maps(dense, mixed, x).layers] == [2, 3]
+    assert [layer.number for layer in attention_maps(dense, mixed, x, layers=[2]).layers] == [3]
+    for block in mixed.blocks:
+        block.attn.configure(first.config)
+    for layers in (None, [0]):
+        with pytest.raises(ValueError, match="attention ran dense"):
+            attention_maps(dense, mixed, x, layers=layers)
 
 
 def test_maps_refuse_what_they_cannot_show(models):

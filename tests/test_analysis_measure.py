@@ -12,6 +12,7 @@ import torch
 import sparsifiner
 from sparsifiner import SparsifinerConfig
 from sparsifiner.analysis import BreakEven, Timings, break_even, interleave, measure_fidelity, measure_memory
+from sparsifiner.analysis.accuracy import paired_drop
 from sparsifiner.analysis.crossover import BreakEvenPoint
 
 
@@ -106,6 +107,18 @@ def test_break_even_measures_the_layer_and_leaves_the_model_alone():
     assert {197, 325} <= set(measured)  # where sparse wins in between, sizes in between are measured as well
     assert all(point.dense_s > 0 and point.sparse_s > 0 for point in found.points)
     assert sparse.blocks[0].attn.grid.shape == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_no_break_even_is_told_of_layers_with_a_bias(name):
+    _, sparse = pair(name)
+    assert break_even(sparse, max_tokens=400, repeats=1) is None
+
+
+def test_the_interval_of_a_drop_stays_within_all_images():
+    right, wrong = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    assert paired_drop(right, wrong)[1][1] == 1.0
+    assert paired_drop(wrong, right)[1][0] == -1.0
 
 
 class Hungry(torch.nn.Module):

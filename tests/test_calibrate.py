@@ -23,6 +23,7 @@ from sparsifiner.calibration import fit as module
 from sparsifiner.calibration import spectral
 from sparsifiner.calibration.budget import allocate
 from sparsifiner.calibration.reconstruction import reconstruction_loss
+from sparsifiner.calibration.state import State
 from sparsifiner.calibration.tail import OFFSETS, best_offsets
 from sparsifiner.cli import main
 from sparsifiner.models import load_model
@@ -35,9 +36,9 @@ TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2),
 POOLED = SparsifinerConfig(keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), dense_below=0)
 
 
-def tiny(depth: int = 2) -> nn.Module:
+def tiny(depth: int = 2, **changes: object) -> nn.Module:
     settings = dict(img_size=32, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=0)
-    return lively(timm.create_model("vit_tiny_patch16_224", **settings))
+    return lively(timm.create_model("vit_tiny_patch16_224", **settings, **changes))
 
 
 def batch(count: int = 3) -> torch.Tensor:
@@ -267,6 +268,37 @@ def test_all_kinds_of_images_are_taken(tmp_path: Path) -> None:
     assert all(same(result, results[0]) for result in results)
 
 
+def test_one_number_is_a_square_of_pixels(tmp_path: Path) -> None:
+    bundled_photos(1).photos[0].image.save(tmp_path / "a.png")
+    dense = lively(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, dynamic_img_size=True))
+    results = []
+    for size in (112, (112, 112)):
+        sparse = sparsify(dense, POOLED)
+        calibrate(sparse, tmp_path, img_size=size, progress=quietly)
+        results.append(weights(sparse))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("config", [PAPER, TILES])
+def test_inference_mode_changes_nothing(config: SparsifinerConfig) -> None:
+    def fitted() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        sparse = sparsify(tiny(), config)
+        calibrate(sparse, batch(2), steps=2, progress=quietly)
+        return weights(sparse)
+
+    expected = fitted()
+    with torch.inference_mode():
+        assert same(fitted(), expected)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(3, [0, 1, 2]), (15, [0, 1, 3, 5, 7, 9, 11, 13])])
+def test_few_images_are_evenly_spaced(count: int, chosen: list[int]) -> None:
+    images = [torch.tensor(number) for number in range(count)]
+    run = module._Run(sparsify(tiny(), POOLED), images, State(None, ""), quietly, seed=0)
+    assert [int(image) for image in run._few_images()] == chosen
+
+
 def test_attention_biases_take_part() -> None:
     dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=2)).eval()
     sparse = sparsify(dense, SparsifinerConfig(keep_rate=0.2, query_tile=(2, 2), tail=(2, 2)))
@@ -311,6 +343,20 @@ def test_unusable_requests_are_refused_in_one_line(tmp_path: Path) -> None:
     refused("entry 0 must be a float tensor", images=[torch.zeros(3, 32, 32, dtype=torch.uint8)])
     refused("not finite", images=torch.full((1, 3, 32, 32), float("nan")))
     refused("got int", images=3)
+    refused("there is no image to calibrate on", images=torch.empty(0, 3, 32, 32))
+    refused("entry 0 of 1 channels do not fit the model, which takes 3", images=torch.zeros(2, 1, 32, 32))
+    refused(
+        "entry 1 of 64x32 pixels do not fit the model, which takes 32x32", images=[batch(1), torch.zeros(3, 64, 32)]
+    )
+    bundled_photos(1).photos[0].image.save(tmp_path / "a.png")
+    refused(
+        "pictures of 64x64 pixels do not fit the model, which takes 32x32", images=[tmp_path / "a.png"], img_size=64
+    )
+    dynamic = sparsify(tiny(dynamic_img_size=True), POOLED)
+    refused("image size 30 is not a multiple", model=dynamic, images=torch.zeros(1, 3, 30, 30))
+    refused("image size 0 is not a multiple", model=dynamic, images=torch.zeros(1, 3, 0, 0))
+    one_channel = sparsify(tiny(in_chans=1), POOLED)
+    refused("pictures of 3 channels do not fit the model, which takes 1", one_channel, images=[tmp_path / "a.png"])
     refused("multiple of the model's 4x4 patches", images=[tmp_path / "x.png"], img_size=(30, 30))
     refused("has nothing to fit", model=sparsify(tiny(), POOLED.replace(tail=None)))
     thresholded = sparsify(tiny(), TILES.replace(score_threshold=0.1))

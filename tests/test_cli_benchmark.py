@@ -45,6 +45,16 @@ def test_the_table_names_every_part(capsys) -> None:
         assert words in out
 
 
+def test_layers_with_a_bias_have_no_break_even(capsys) -> None:
+    model = ["--model", "vit_relpos_small_patch16_224", "--dtype", "float32"]
+    code, out, err = run(capsys, *model, *QUICK)
+    assert code == 0, err
+    assert "float32, keep 0.25: not measured: attention layers that add a bias" in out
+    assert "is faster sparse from" not in out
+    code, out, err = run(capsys, "--json", *model, *QUICK)
+    assert json.loads(out)["break_even"] == {"float32, keep 0.25": None}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -125,6 +125,33 @@ def test_a_saved_sparse_model_is_compared_with_its_dense_twin(cli, tmp_path):
     assert "sparse already" in err
 
 
+def test_layers_with_a_bias_have_no_break_even(cli, tmp_path):
+    dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=1))
+    for dense_below, verdict in ((None, "ran its attention DENSE"), (0, "model is")):
+        sparse = sparsifiner.sparsify(dense, SparsifinerConfig(keep_rate=0.25, dense_below=dense_below))
+        sparsifiner.save_pretrained(sparse, tmp_path / "saved")
+        code, out, err = cli("report", "--json", "--model", tmp_path / "saved", *QUICK, always_sparse=False)
+        assert code == 0, err
+        report = json.loads(out)
+        assert report["cases"][0]["break_even"] is None
+        assert verdict in report["cases"][0]["verdict"]
+        assert "pay from" not in report["cases"][0]["verdict"]
+        assert any("add a bias to the logits" in note for note in report["notes"])
+
+
+def test_layers_of_which_some_run_dense_are_reported(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsifiner.attention.sparse_pays", lambda config, *arguments: config.keep_rate < 0.2)
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=0).eval()
+    sparsifiner.save_pretrained(sparsifiner.sparsify(dense, keep_rate=(0.5, 0.1, 0.5)), tmp_path / "saved")
+    code, out, err = cli(
+        "report", "--json", "--model", tmp_path / "saved", *QUICK, "--repeats", "0", always_sparse=False
+    )
+    assert code == 0, err
+    case = json.loads(out)["cases"][0]
+    assert [layer["sparse"] for layer in case["flops"]["sparse"]["layers"]] == [False, True, False]
+    assert len(case["pictures"]) == 1
+
+
 def test_a_config_file_sets_everything_and_an_untrained_predictor_is_owned_up_to(cli, tmp_path):
     (tmp_path / "c.yaml").write_text("preset: paper\nkeep_rate: 0.5\nn_down: 4")
     code, out, err = cli("report", "--config", tmp_path / "c.yaml", *QUICK, "--repeats", "0", "--num-pictures", "0")

@@ -30,7 +30,10 @@ def test_keep_rates_outside_the_unit_interval_are_refused(rate: object) -> None:
         ({"scale": "width"}, r"scale \(head_dim, num_heads or a number\) must be a number above 0, got 'width'"),
         ({"score_threshold": 0.1}, "score_threshold needs predictor='lowrank'"),
         ({"attn_recon": True}, "attn_recon needs predictor='lowrank'"),
-        ({"predictor": "lowrank", "score_threshold": "1e-3"}, "score_threshold must be a number at least 0, got '1e-3'"),
+        (
+            {"predictor": "lowrank", "score_threshold": "1e-3"},
+            "score_threshold must be a number at least 0, got '1e-3'",
+        ),
         ({"basis_threshold": None}, "basis_threshold must be a number at least 0, got None"),
         ({"scale": None}, "must be a number above 0, got None"),
         ({"n_down": True}, "n_down must be a whole number at least 1, got True"),

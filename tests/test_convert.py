@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,10 +17,12 @@ from sparsifiner import (
     SparsifinerConfig,
     conversion,
     densify,
+    prune_tokens,
     record,
     set_keep_rate,
     sparse_layers,
     sparsify,
+    token_pruning,
 )
 
 
@@ -235,6 +239,37 @@ def test_set_keep_rate(tiny_vit, images) -> None:
         with pytest.raises(ValueError, match="keep_rate"):
             set_keep_rate(sparse, bad)
     assert densities()[1] > densities()[0] + 0.3
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        np.full(2, 0.5),
+        np.float32(0.5),
+        torch.tensor(0.5),
+        torch.tensor([0.5, 0.5]),
+        [np.float64(0.5), torch.tensor(0.5)],
+    ],
+)
+def test_keep_rates_of_numpy_and_torch(rates, tiny_vit) -> None:
+    sparse, other = sparsify(tiny_vit(), keep_rate=rates), sparsify(tiny_vit())
+    set_keep_rate(other, rates)
+    for model in (sparse, other):
+        kept = [layer.config.keep_rate for layer in sparse_layers(model).values()]
+        assert kept == [0.5, 0.5]
+        assert {type(rate) for rate in kept} == {float}
+    model = prune_tokens(tiny_vit(), keep_rate=np.float32(0.5), layers=(0,))
+    assert json.dumps(token_pruning(model).to_dict())
+
+
+@pytest.mark.parametrize("config", [0.1, 0, {"keep_rate": 0.1}])
+def test_what_is_no_configuration_is_refused(config, tiny_vit) -> None:
+    with pytest.raises(
+        ValueError, match=f"must be a SparsifinerConfig, got {type(config).__name__}; use keep_rate=0.1"
+    ):
+        sparsify(tiny_vit(), config)
+    with pytest.raises(ValueError, match="got '0.1'"):
+        sparsify(tiny_vit(), keep_rate="0.1")
 
 
 def test_different_images_get_different_keys(tiny_vit, images) -> None:

@@ -12,6 +12,13 @@ def test_import_costs_under_200_ms_of_cpu_more_than_timm() -> None:
     assert min(times) < 0.2
 
 
+def test_the_methods_are_there() -> None:
+    found = subprocess.check_output(
+        [sys.executable, "-c", "import sparsifiner; print(*sparsifiner.methods.METHODS)"], text=True
+    )
+    assert {"sparsifiner", "paper", "evit"} <= set(found.split())
+
+
 def test_import_leaves_the_reports_libraries_alone() -> None:
     loaded = set(subprocess.check_output([sys.executable, "-c", LISTED], text=True).split())
     assert "sparsifiner.convert" in loaded

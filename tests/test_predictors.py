@@ -162,14 +162,20 @@ def lowrank(tiling: Tiling, **changes: object) -> LowRankPredictor:
     return predictor.eval()
 
 
+@pytest.mark.parametrize("reduction", ["max", "sum"])
 @pytest.mark.parametrize("tail", [None, (2, 2)])
-def test_lowrank_tiles_sum_the_token_scores_times_what_a_tail_gets_wrong(tail: tuple[int, int] | None) -> None:
+def test_lowrank_tiles_merge_their_queries_and_weigh_by_what_a_tail_gets_wrong(
+    tail: tuple[int, int] | None, reduction: str
+) -> None:
     tiling = Tiling((6, 5), (2, 3), 1)
     q, k, v = tensors(tiling)
-    predictor = lowrank(tiling, keep_rate=0.2, tail=tail)
+    predictor = lowrank(tiling, keep_rate=0.2, tail=tail, reduction=reduction)
     with torch.no_grad():
-        per_token = predictor.token_scores(q, k, tiling)
-    per_tile = tiling.sum_patches(per_token)[..., 1:]
+        coef = predictor.coefficients(q, k, tiling)
+        tokens = tiling.tokens(q.device).long()  # [T, S]
+        rows = coef[:, :, tokens.clamp(min=1) - 1] * (tokens >= 0)[..., None]
+        merged = rows.amax(3) if reduction == "max" else rows.sum(3)
+        per_tile = (merged @ predictor.basis(tiling).mT)[..., 1:]
     if tail is not None:
         blocks = Tiling(tiling.grid, tail)
         per_tile = (
@@ -238,9 +244,9 @@ def test_lowrank_settings() -> None:
     assert paper.q_proj.weight.shape == (32, 64)
     assert paper.scale == pytest.approx(6**-0.5)
     assert lowrank(tiling, share_basis=True).w_up is None
-    assert lowrank(tiling).scale == pytest.approx(8**-0.5)
+    assert lowrank(tiling, reduce_c_factor=2).scale == pytest.approx(8**-0.5)
     assert lowrank(tiling, scale=0.3).scale == 0.3
-    with pytest.raises(ValueError, match="0 basis rows of width 8 for 10 tokens"):
+    with pytest.raises(ValueError, match="0 basis rows of width 16 for 10 tokens"):
         lowrank(Tiling((3, 3), (1, 1), 1), reduce_n_factor=11)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import vit_tiny_patch16_224
 
 from sparsifiner import SparsifinerConfig, from_pretrained, save_pretrained, sparsify
+from sparsifiner.digest import digest
 from sparsifiner.models import load_model
 from sparsifiner.saving import CONFIG_NAME, WEIGHTS_NAME
 
@@ -66,9 +71,13 @@ def test_only_the_difference_is_saved_where_the_pretrained_weights_are_here(tmp_
     save_file(
         {name: t for name, t in weights.items() if "blocks.5.attn.predictor" not in name}, tmp_path / WEIGHTS_NAME
     )
-    with pytest.raises(ValueError, match="0 unexpected and 6 missing tensors, such as blocks.5.attn.predictor"):
+    with pytest.raises(ValueError, match="does not belong to the sparsifiner.json beside it"):
         from_pretrained(tmp_path)
     settings = json.loads((tmp_path / CONFIG_NAME).read_text())
+    del settings["weights_fingerprint"]  # as older versions wrote it
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="0 unexpected and 6 missing tensors, such as blocks.5.attn.predictor"):
+        from_pretrained(tmp_path)
     settings["dense_fingerprint"] = "0" * 64
     (tmp_path / CONFIG_NAME).write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="the pretrained weights here are not the ones it was made from"):
@@ -76,18 +85,99 @@ def test_only_the_difference_is_saved_where_the_pretrained_weights_are_here(tmp_
 
 
 def test_models_that_cannot_be_rebuilt_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    sparse = sparsify(small_timm_model(mlp_ratio=2.0), SparsifinerConfig(dense_below=0))
-    with pytest.raises(ValueError, match="pass the arguments of timm.create_model as model_args"):
-        save_pretrained(sparse, tmp_path / "model")
+    # By timm's own function, not create_model, which records its arguments.
+    model = vit_tiny_patch16_224(img_size=64, depth=2, num_classes=5, num_heads=6, mlp_ratio=2.0).eval()
+    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    for known, differing in (({}, "mlp.fc1.bias"), ({"mlp_ratio": 2.0}, r"attn.head_dim \(64 instead of 32\)")):
+        with pytest.raises(ValueError, match=f"{differing}.*pass the arguments of timm.create_model as model_args"):
+            save_pretrained(sparse, tmp_path / "model", model_args=known)
     assert not (tmp_path / "model").exists()
-    arguments = dict(img_size=64, depth=2, num_classes=5, mlp_ratio=2.0)
-    save_pretrained(sparse, tmp_path / "model", model_args=arguments)
+    save_pretrained(sparse, tmp_path / "model", model_args={"mlp_ratio": 2.0, "num_heads": 6})
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path / "model")(X), sparse(X))
     with pytest.raises(ValueError, match="Sequential was not made by timm.create_model"):
         save_pretrained(torch.nn.Sequential(sparse), tmp_path / "other")
     with pytest.raises(ValueError, match="call sparsify"):
         save_pretrained(small_timm_model(), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"num_heads": 6}),
+        ("vit_tiny_patch16_224", {"mlp_ratio": 2.0}),
+        ("vit_tiny_patch16_224", {"act_layer": "relu"}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
+        ("vit_tiny_patch16_224", {"features_only": True, "out_indices": (0, 1)}),
+        ("vit_tiny_patch16_224", {"drop_path_rate": 0.1}),
+        ("lvvit_s", {"skip_lam": 1.0}),
+    ],
+)
+def test_what_timm_was_given_is_saved(name: str, arguments: dict[str, object], tmp_path: Path) -> None:
+    model = timm.create_model(name, img_size=64, depth=2, num_classes=5, **arguments).eval()
+    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    save_pretrained(sparse, tmp_path)
+    back = from_pretrained(tmp_path)
+    x = torch.randn(1, 3, 72, 60) if "dynamic_img_pad" in arguments else X
+    with torch.no_grad():
+        for got, want in zip(back(x), sparse(x), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_layers_given_as_classes_are_saved_by_name_or_refused(tmp_path: Path) -> None:
+    model = small_timm_model(act_layer=torch.nn.ReLU, norm_layer=partial(torch.nn.LayerNorm, eps=1e-3))
+    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    with pytest.raises(ValueError, match="JSON cannot hold act_layer=<class .*model_args={'act_layer'"):
+        save_pretrained(sparse, tmp_path)
+    with pytest.raises(ValueError, match="JSON cannot hold norm_layer"):
+        save_pretrained(sparse, tmp_path, model_args={"act_layer": "relu"})
+    for names, differing in (
+        ({"act_layer": "gelu", "norm_layer": "layernorm"}, "blocks.0.mlp.act"),
+        ({"act_layer": "relu", "norm_layer": "layernorm"}, r"blocks.0.norm1.eps \(1e-06 instead of 0.001\)"),
+    ):
+        with pytest.raises(ValueError, match=f"differs from this model, for instance in {differing}"):
+            save_pretrained(sparse, tmp_path, model_args=names)
+    sparse = sparsify(small_timm_model(act_layer=torch.nn.ReLU), SparsifinerConfig(dense_below=0))
+    save_pretrained(sparse, tmp_path, model_args={"act_layer": "relu"})
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(X), sparse(X))
+
+
+def test_changes_made_after_creation_are_saved_or_refused(tmp_path: Path) -> None:
+    model = small_timm_model()
+    model.blocks = model.blocks[:1]
+    model.reset_classifier(3, "avg")
+    model.set_input_size(img_size=(64, 96))
+    sparse, x = sparsify(model, SparsifinerConfig(dense_below=0)), torch.randn(1, 3, 64, 96)
+    sparse.set_grad_checkpointing()
+    save_pretrained(sparse, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(x), sparse(x))
+    sparse.blocks[0].attn.scale = 0.5
+    with pytest.raises(
+        ValueError, match=r"in blocks.0.attn.scale \(0.125 instead of 0.5\); pass .* or save state_dict"
+    ):
+        save_pretrained(sparse, tmp_path)
+
+
+def test_the_difference_of_a_model_with_batch_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("lvvit_s", depth=2, img_size=64).eval()  # its count of batches has no dimension
+    save_file(model.state_dict(), tmp_path / "pretrained.safetensors")
+    configurations = timm.models._registry._model_pretrained_cfgs
+    local = dataclasses.replace(configurations["lvvit_s"], file=str(tmp_path / "pretrained.safetensors"))
+    monkeypatch.setitem(configurations, "lvvit_s", local)
+    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    save_pretrained(sparse, tmp_path)
+    assert (tmp_path / WEIGHTS_NAME).stat().st_size < 1000
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(X), sparse(X))
+
+
+def test_digests_stay_what_they_are_in_saved_folders() -> None:
+    tensors = torch.arange(6.0).view(2, 3), torch.tensor(7), torch.zeros(0, 4), torch.ones(2, dtype=torch.bfloat16)
+    parts = b"a", b"".join(t.view(-1).view(torch.uint8).numpy().tobytes() for t in tensors if t.numel())
+    assert digest(["a", *tensors]) == hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def test_broken_folders(tmp_path: Path) -> None:
@@ -134,6 +224,19 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(sparse, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_of_two_saves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pretrained(sparsify(small_timm_model()), tmp_path)
+
+    def fail(path: Path, content: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsifiner.saving.write_atomically", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(sparsify(small_timm_model()), tmp_path)
+    with pytest.raises(ValueError, match="a save was interrupted, or one file was changed alone; save the model again"):
+        from_pretrained(tmp_path)
 
 
 def test_names_that_are_no_model(tmp_path: Path) -> None:

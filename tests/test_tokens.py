@@ -339,6 +339,7 @@ def test_other_image_sizes(tiny_vit, images):
         ("vit_tiny_patch16_224", {"img_size": 64, "patch_drop_rate": 0.1}, {}, "patch_drop_rate=0"),
         ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4}, {}, "no block 6"),
         ("vit_tiny_patch16_224", {"img_size": 64}, {"layers": (6, 3)}, "rising block numbers"),
+        ("vit_tiny_patch16_224", {"img_size": 64}, {"layers": 2}, "rising block numbers such as .*, got 2"),
         ("vit_tiny_patch16_224", {"img_size": 64}, {"keep_rate": 1.5}, "must lie in"),
     ],
 )
@@ -363,6 +364,30 @@ def test_comparisons_patch_by_patch_refuse_a_pruned_model(tiny_vit, images):
         measure_fidelity(pruned, sparsify(pruned), [x])
     with pytest.raises(ValueError, match="attention maps compare patch by patch"):
         attention_maps(pruned, sparsify(pruned), x)
+
+
+def test_maps_of_blocks_that_have_lost_tokens_are_refused(tiny_vit, images):
+    model, x = tiny_vit(depth=3), images(1, 3, 32, 32)
+    # timm would reshape 32 tokens of width 48 to the grid of 64 patches, to a width of 24.
+    pruned = prune_tokens(model, keep_rate=0.5, layers=(1,))
+    copies = copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned))
+    with torch.no_grad():
+        for reduced in (pruned, *copies, sparsify(pruned, TILES), merge_tokens(model, [0, 32, 0])):
+            for call in (
+                lambda reduced=reduced: reduced.forward_intermediates(x),
+                lambda reduced=reduced: reduced.forward_intermediates(x, [0, -2]),
+                lambda reduced=reduced: reduced.get_intermediate_layers(x, reshape=True),
+            ):
+                with pytest.raises(ValueError, match='has no map of all patches; use output_fmt="NLC"'):
+                    call()
+            lists = reduced.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+            assert [tuple(tokens.shape) for tokens in lists[1:]] == [(1, 32, 48)] * 2
+            assert reduced.get_intermediate_layers(x)[0].shape == (1, 32, 48)
+        for whole in (pruned, *copies):
+            torch.testing.assert_close(
+                whole.forward_intermediates(x, [0])[1][0], model.forward_intermediates(x, [0])[1][0]
+            )
+        assert unprune_tokens(pruned).forward_intermediates(x)[1][2].shape == (1, 48, 8, 8)
 
 
 def test_a_wrong_number_of_tokens_is_refused():

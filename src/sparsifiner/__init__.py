@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import models
+from . import methods, models
 from .analysis.flops import count_flops
 from .config import SparsifinerConfig
 from .connectivity import Connectivity, Tail
@@ -29,6 +29,7 @@ __all__ = [
     "densify",
     "from_pretrained",
     "kept_patches",
+    "methods",
     "models",
     "prune_tokens",
     "record",

@@ -56,6 +56,7 @@ class SparseAttention(nn.Module):
     """
 
     dense_class: ClassVar[type[nn.Module]]
+    takes_bias: ClassVar[bool] = False  # whether :meth:`project` may return a bias
     num_heads: int
     scale: float
     proj: nn.Linear

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -104,6 +106,29 @@ def check_reducible(model: nn.Module, layers: list[int], attention: tuple[type[n
 def reduces_tokens(model: nn.Module) -> bool:
     """Whether ``model`` prunes or merges tokens."""
     return any(isinstance(module, ReducingBlock) for module in model.modules())
+
+
+def refuse_maps(model: nn.Module) -> None:
+    """Make ``forward_intermediates`` of a model that prunes or merges tokens refuse maps of the blocks that do, and of
+    those after them: timm would reshape fewer tokens to the patch grid, and fail, or even succeed."""
+    if reduces_tokens(model):
+        vars(model)["forward_intermediates"] = partial(_forward_intermediates, model)
+    else:
+        vars(model).pop("forward_intermediates", None)
+
+
+def _forward_intermediates(model: Any, *args: Any, **settings: Any) -> Any:
+    forward = partial(type(model).forward_intermediates, model)
+    asked = inspect.signature(forward).bind(*args, **settings)
+    asked.apply_defaults()
+    indices, depth = asked.arguments["indices"], len(model.blocks)
+    last = depth - 1 if indices is None or isinstance(indices, int) else max(number % depth for number in indices)
+    if asked.arguments["output_fmt"] == "NCHW" and reduces_tokens(model.blocks[: last + 1]):
+        raise ValueError(
+            f"{type(model).__name__} prunes or merges tokens, so block {last} has no map of all patches; use "
+            f'output_fmt="NLC" (reshape=False), and kept_patches(model) for the places of pruned tokens'
+        )
+    return forward(*args, **settings)
 
 
 def refuse_reduced(model: nn.Module, what: str) -> None:

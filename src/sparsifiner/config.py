@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +27,7 @@ class SparsifinerConfig:
 
     Args:
         keep_rate: share of the keys each query tile keeps, in (0, 1]; one for all layers or one per
-            converted layer. ``ceil(keep_rate * candidates)`` keys are kept.
+            converted layer, in a list, an array or a tensor. ``ceil(keep_rate * candidates)`` keys are kept.
         predictor: what estimates the connectivity. ``pooled`` is training-free, ``lowrank`` is the
             paper's learned one, ``oracle`` looks at the dense attention (an upper bound, not a
             speed-up), ``local``, ``strided`` and ``random`` are fixed-pattern baselines.
@@ -42,7 +43,7 @@ class SparsifinerConfig:
         query_pool: ``pooled`` only: rows and columns of the sub-blocks whose queries are averaged before
             scoring; a side that does not divide the tile's is taken as 1.
         query_refine: ``pooled`` only: Lloyd steps that regroup a tile's queries around those averages.
-        reduction: ``pooled`` only: how the groups of a tile are merged into one score per key.
+        reduction: ``pooled`` and ``lowrank``: how the groups or queries of a tile are merged into one score per key.
         screen_from: ``pooled`` only: from this many candidate keys on, blocks of 2x2 keys are scored first by their
             mean, and single keys only in the best of them, about twice as many as are kept and a tenth of all.
             None: every key is scored. It takes no effect with keep rates from 0.2 on or an attention bias.
@@ -93,12 +94,13 @@ class SparsifinerConfig:
     dense_below: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_rate, Sequence) and not isinstance(self.keep_rate, str):
-            object.__setattr__(self, "keep_rate", tuple(check_keep_rate(r) for r in self.keep_rate))
-            if not self.keep_rate:
+        rates: Any = _plain(self.keep_rate)
+        if isinstance(rates, Sequence) and not isinstance(rates, str):
+            object.__setattr__(self, "keep_rate", tuple(check_keep_rate(rate) for rate in rates))
+            if not rates:
                 raise ValueError("keep_rate is an empty list; give one rate, or one per layer")
         else:
-            object.__setattr__(self, "keep_rate", check_keep_rate(self.keep_rate))
+            object.__setattr__(self, "keep_rate", check_keep_rate(rates))
         choose("predictor", self.predictor, PREDICTORS)
         for name in ("tail_offset", "keep_prefix", "share_basis", "attn_recon"):
             flag(name, getattr(self, name))
@@ -202,9 +204,15 @@ class SparsifinerConfig:
 
 def check_keep_rate(value: object) -> float:
     """``value`` as a float in (0, 1], or a ValueError that says what was expected."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    value = _plain(value)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise ValueError(f"keep_rate must lie in (0, 1], got {value!r}; 0.1 keeps a tenth of the keys")
     return float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists out of NumPy's and torch's; everything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _pair(name: str, value: object) -> tuple[int, int]:

@@ -72,12 +72,19 @@ def sparsify(
         The sparse model; its ``forward`` takes and returns what the dense model's does.
 
     Raises:
-        ValueError: if no attention layer can be converted (the reasons are listed), a keep rate is out of
-            range, or the patch grid is smaller than a tile. ``model`` is unchanged then.
+        ValueError: if no attention layer can be converted (the reasons are listed), ``config`` is no
+            configuration, a keep rate is out of range, or the patch grid is smaller than a tile. ``model`` is
+            unchanged then.
     """
-    config = config or SparsifinerConfig()
+    if config is None:
+        config = SparsifinerConfig()
+    elif not isinstance(config, SparsifinerConfig):
+        raise ValueError(
+            f"config must be a SparsifinerConfig, got {type(config).__name__}; "
+            f"use keep_rate=0.1 or SparsifinerConfig(keep_rate=0.1)"
+        )
     if keep_rate is not None:
-        config = config.replace(keep_rate=tuple(keep_rate) if isinstance(keep_rate, Sequence) else keep_rate)
+        config = config.replace(keep_rate=keep_rate)
     if not inplace:
         model = copy.deepcopy(model)
     owners, left = _survey(model)
@@ -174,9 +181,8 @@ def always_sparse(model: nn.Module) -> Iterator[None]:
 def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     """Change the keep rate of all layers, or of each, in place and without new weights."""
     layers = sparse_layers(model)
-    rates = tuple(keep_rate) if isinstance(keep_rate, Sequence) else keep_rate
     configs = [
-        layer.config.replace(keep_rate=rates).for_layer(number, len(layers))
+        layer.config.replace(keep_rate=keep_rate).for_layer(number, len(layers))
         for number, layer in enumerate(layers.values())
     ]
     for layer, config in zip(layers.values(), configs, strict=True):

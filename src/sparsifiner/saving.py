@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,12 +11,14 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models import get_model_args
 from torch import Tensor, nn
 
 from .attention import SparseAttention
 from .baselines import apply_baseline, baseline_parameters, baseline_settings
 from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
+from .digest import digest
 from .files import replacing, write_atomically
 from .messages import one_line
 from .predictors import LowRankPredictor
@@ -27,6 +28,10 @@ CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = 3
 """Written; format 1, which knew no token pruning, and format 2, which knew no baselines, are read as well."""
+_SWITCHES = (
+    "training", "grad_checkpointing", "fused_attn", "aug_active", "distilled_training", "token_labels", "mix_token",
+)  # fmt: skip
+"""Attributes that say how a model trains and which kernels it runs on, not what it computes."""
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
@@ -34,23 +39,25 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
 
     Where the pretrained weights the model started from are on this computer (in the package or in the
     Hugging Face cache), only the tensors that differ from them are written, the predictors above all, with
-    a fingerprint of the others. Files are replaced whole; an interrupted save leaves the old ones.
+    a fingerprint of the others. Each file is replaced whole; where a save was interrupted between the two,
+    :func:`from_pretrained` refuses the pair.
 
     Args:
         model: the result of ``sparsify``, ``prune_tokens``, both, or a baseline on a model made by
             ``timm.create_model``.
         folder: made if needed.
-        model_args: arguments of ``timm.create_model`` beyond the architecture; found out if None.
+        model_args: arguments of ``timm.create_model`` besides those timm has recorded in the model, or in their
+            place: names of layers given as classes, which JSON cannot hold.
 
     Raises:
-        ValueError: if the model is not converted, not a timm model, or ``model_args`` do not rebuild it.
+        ValueError: if the model is not converted, not a timm model, or the arguments do not rebuild it.
         OSError: if the folder cannot be written.
     """
     layers, pruning, baseline = converted = _conversions(model)
     if not any(converted):
         raise ValueError(f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first")
     architecture = _architecture(model)
-    arguments = _model_args(model) if model_args is None else dict(model_args)
+    arguments = _model_args(model, model_args)
     dtype = next(model.parameters()).dtype
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_rebuilds(model, architecture, arguments)
@@ -64,6 +71,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         "baseline": baseline,
         "basis_grid": _basis_grid(layers[0]) if layers else None,
         "dense_fingerprint": None,
+        "weights_fingerprint": None,
     }
     base = _local_pretrained(architecture, arguments, dtype)
     if base is not None:
@@ -71,6 +79,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         state = {
             name: tensor for name, tensor in state.items() if name not in base or not torch.equal(tensor, base[name])
         }
+    settings["weights_fingerprint"] = _fingerprint(state)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_NAME) as temporary:
@@ -91,19 +100,21 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
         img_size: height and width in pixels to build the model for, if not the saved size.
 
     Raises:
-        ValueError: if files are missing, corrupt or foreign, or the pretrained weights a delta refers to
-            are not the ones it was made from.
+        ValueError: if files are missing, corrupt, foreign or of two different saves, or the pretrained weights a
+            delta refers to are not the ones it was made from.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
     weights = _read_weights(folder / WEIGHTS_NAME)
+    if settings.get("weights_fingerprint") not in (None, _fingerprint(weights)):
+        raise ValueError(
+            f"{folder / WEIGHTS_NAME} does not belong to the {CONFIG_NAME} beside it: a save was interrupted, or one "
+            f"file was changed alone; save the model again"
+        )
     delta = settings["dense_fingerprint"] is not None
-    saved_args: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in settings["model_args"].items()
-    }
     dtype = getattr(torch, settings["dtype"])
     try:
-        model = timm.create_model(settings["architecture"], pretrained=delta, **saved_args).to(dtype)
+        model = _create(settings["architecture"], settings["model_args"], pretrained=delta).to(dtype)
     except Exception as error:
         raise ValueError(f"cannot rebuild {settings['architecture']} for {folder}: {one_line(error)}") from error
     if delta and _fingerprint(model.state_dict()) != settings["dense_fingerprint"]:
@@ -154,39 +165,64 @@ def _architecture(model: nn.Module) -> str:
     return f"{name}.{tag}" if tag else name
 
 
-def _model_args(model: Any) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` that users change most, read off the model."""
-    arguments: dict[str, Any] = {"num_classes": model.num_classes}
-    embed = model.patch_embed
-    if getattr(embed, "img_size", None) is not None:
-        arguments["img_size"] = list(embed.img_size)
-    if getattr(model, "dynamic_img_size", False):
-        arguments["dynamic_img_size"] = True
-    if isinstance(getattr(model, "global_pool", None), str):
-        arguments["global_pool"] = model.global_pool
+def _model_args(model: Any, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` as JSON holds them: those timm has recorded and those ``given``, with the
+    present depth, image size, classes and pooling. Rates of dropout are a matter of training and left out."""
+    arguments = get_model_args(model, given)
     blocks = getattr(model, "blocks", None)
     if blocks is not None:
         arguments["depth"] = len(blocks)
+    for name, value in arguments.items():
+        try:
+            arguments[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"JSON cannot hold {name}={value!r}, which timm.create_model was given; pass a value that it can, such "
+                f"as a layer's name in timm: model_args={{{name!r}: ...}}"
+            ) from error
     return arguments
 
 
+def _create(architecture: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    """The dense model that saved ``arguments`` describe."""
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
+    return timm.create_model(architecture, pretrained=pretrained, **values)
+
+
 def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, Any]) -> None:
-    """Make the dense model again without memory, and compare every name and shape."""
-    want = {name: tuple(tensor.shape) for name, tensor in _dense_state(model).items()}
+    """Make the dense model again without memory, and compare names, shapes and settings."""
     try:
         with torch.device("meta"):
-            rebuilt = timm.create_model(architecture, **arguments)
+            rebuilt = _create(architecture, arguments, pretrained=False)
     except Exception as error:
         raise ValueError(
             f"timm cannot rebuild {architecture} with {arguments} ({one_line(error)}); pass model_args"
         ) from error
-    got = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
-    if got != want:
-        name = sorted(set(got.items()) ^ set(want.items()))[0][0]
+    want: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in _dense_state(model).items()}
+    got: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
+    differing = want.keys() ^ got.keys() or {name for name in want if want[name] != got[name]}
+    if not differing:
+        want, got = _settings(model), _settings(rebuilt)
+        differing = {name for name in want.keys() & got.keys() if want[name] != got[name]}
+    if differing:
+        name = min(differing)
         raise ValueError(
             f"{architecture} made with {arguments} differs from this model, for instance in {name} "
-            f"({got.get(name)} instead of {want.get(name)}); pass the arguments of timm.create_model as model_args"
+            f"({got.get(name)} instead of {want.get(name)}); pass the arguments of timm.create_model as model_args, or "
+            f"save state_dict()"
         )
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """Numbers, names and flags that the modules hold, and the classes of the innermost ones, by path; no dropout."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if next(module.children(), None) is None:
+            found[path] = type(module).__name__
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str, tuple)) and name not in _SWITCHES and name[0] != "_":
+                found[f"{path}.{name}".lstrip(".")] = value
+    return {path: value for path, value in found.items() if "drop" not in path}
 
 
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -235,16 +271,12 @@ def _local_pretrained(architecture: str, arguments: dict[str, Any], dtype: torch
         cached = isinstance(try_to_load_from_cache(pretrained_cfg.hf_hub_id, SAFETENSORS_SINGLE_FILE), str)
     if not cached:
         return None
-    return timm.create_model(architecture, pretrained=True, **arguments).to(dtype).state_dict()
+    return _create(architecture, arguments, pretrained=True).to(dtype).state_dict()
 
 
 def _fingerprint(state: dict[str, Tensor]) -> str:
     """SHA-256 over names and bytes of the tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest(part for name in sorted(state) for part in (name, state[name]))
 
 
 def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .tiling import Tiling
+from .tiling import Tiling, may_be_traced
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,14 +97,14 @@ class SubsetTiling(Tiling):
 
 def z_order(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Place of each patch along the Z-order (Morton) curve of the grid, int64 ``[num_patches]``, with gaps."""
-    make = _make_z_order if torch.compiler.is_compiling() else _cached_z_order
+    make = _make_z_order if may_be_traced() else _cached_z_order
     return make(grid).to(device)
 
 
 def _make_z_order(grid: tuple[int, int]) -> Tensor:
-    row = torch.arange(grid[0])[:, None]
-    column = torch.arange(grid[1])[None, :]
-    place = torch.zeros(grid, dtype=torch.int64)
+    row = torch.arange(grid[0], device="cpu")[:, None]
+    column = torch.arange(grid[1], device="cpu")[None, :]
+    place = torch.zeros(grid, dtype=torch.int64, device="cpu")
     for bit in range(max(grid).bit_length()):
         place += ((column >> bit) & 1) << (2 * bit)
         place += ((row >> bit) & 1) << (2 * bit + 1)

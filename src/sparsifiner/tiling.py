@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,10 @@ class Tiling:
         """Sum ``[..., num_patches, d]`` over each rectangle: ``[..., T, d]``."""
         return self._split(x).sum(dim=(-4, -2)).flatten(-3, -2)
 
+    def max_patches(self, x: Tensor) -> Tensor:
+        """Maximum of ``[..., num_patches, d]``, not negative, over each rectangle: ``[..., T, d]``."""
+        return self._split(x).amax(dim=(-4, -2)).flatten(-3, -2)
+
     def mean_patches(self, x: Tensor) -> Tensor:
         """Mean of ``[..., num_patches, d]`` over each rectangle: ``[..., T, d]``."""
         if self.divides:
@@ -126,8 +131,13 @@ def _index_tensors(
     They depend on a few whole numbers only and are made once per shape and device. A compiler traces the
     arithmetic instead, and folds it into constants.
     """
-    make = _make_index_tensors if torch.compiler.is_compiling() else _cached_index_tensors
+    make = _make_index_tensors if may_be_traced() else _cached_index_tensors
     return make(grid, tile, num_prefix_tokens, device)
+
+
+def may_be_traced() -> bool:
+    """Whether tensors made now may be a tracer's or ``FakeTensorMode``'s, which must not outlive it in a cache."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def _make_index_tensors(

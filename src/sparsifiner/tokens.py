@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapters.scored import ScoredAttention, SparseScoredAttention
 from .adapters.vit import SparseVitAttention
 from .attention import SparseAttention
-from .blocks import ReducingBlock, check_reducible
+from .blocks import ReducingBlock, check_reducible, refuse_maps
 from .config import check_keep_rate
 from .grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
 from .messages import one_line
@@ -43,7 +43,7 @@ class TokenPruning:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_rate", check_keep_rate(self.keep_rate))
-        layers = tuple(self.layers)
+        layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
         if not layers or any(not isinstance(n, int) for n in layers) or list(layers) != sorted(set(layers)):
             raise ValueError(f"layers must be rising block numbers such as (3, 6, 9), got {self.layers!r}")
         object.__setattr__(self, "layers", layers)
@@ -152,7 +152,7 @@ def prune_tokens(
     Raises:
         ValueError: if the model or a setting does not allow it; one line says why. ``model`` is unchanged then.
     """
-    settings = TokenPruning(keep_rate, tuple(layers), fuse)
+    settings = TokenPruning(keep_rate, layers, fuse)  # type: ignore[arg-type]
     check_reducible(model, list(settings.layers), (Attention, SparseVitAttention), "prune tokens of")
     if not getattr(model, "has_class_token", False):
         raise ValueError(f"cannot prune tokens of {type(model).__name__}: it has no class token to rank the patches by")
@@ -167,6 +167,7 @@ def prune_tokens(
         block.attn = _scored(block.attn)
         vit.blocks[layer] = PruningBlock(block, grid, settings.keep_rate**stage, fuse)
     vit._sparsifiner_tokens = settings
+    refuse_maps(model)
     return model
 
 
@@ -186,6 +187,7 @@ def unprune_tokens(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             vit.blocks[number] = block.to_block()
     drop_unused_grids(model)
     del vit._sparsifiner_tokens
+    refuse_maps(model)
     return model
 
 

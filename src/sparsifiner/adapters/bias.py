@@ -17,6 +17,7 @@ class SparseBeitAttention(SparseAttention, BeitAttention):
     """BEiT's own table of biases, the model's shared one, or both."""
 
     dense_class = BeitAttention
+    takes_bias = True
 
     def project(
         self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, **context: Any
@@ -36,6 +37,7 @@ class SparseRelPosAttention(SparseAttention, RelPosAttention):
     """A bias from the layer's own relative-position module, or the model's shared one."""
 
     dense_class = RelPosAttention
+    takes_bias = True
     rel_pos: Any
     qkv: nn.Linear
     q_norm: nn.Module

@@ -97,7 +97,7 @@ def paired_drop(before: Tensor, after: Tensor, z: float = Z95) -> tuple[float, t
         z: quantile of the normal distribution; 95 % by default.
 
     Returns:
-        The share of ``before`` less that of ``after``, and its interval.
+        The share of ``before`` less that of ``after``, and its interval, both within -1 and 1.
     """
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise ValueError(f"a paired comparison needs the same images, got {list(before.shape)} and {list(after.shape)}")
@@ -105,7 +105,7 @@ def paired_drop(before: Tensor, after: Tensor, z: float = Z95) -> tuple[float, t
     total = images + 2
     centre = (lost - won) / total
     half = z * math.sqrt(((lost + won + 1) - (lost - won) ** 2 / total) / total**2)
-    return (lost - won) / images, (centre - half, centre + half)
+    return (lost - won) / images, (max(-1.0, centre - half), min(1.0, centre + half))
 
 
 @torch.inference_mode()

@@ -17,6 +17,10 @@ from ..attention import SparseAttention
 from ..convert import sparse_layers
 from .latency import Progress, interleave
 
+NEVER_WITH_BIAS = (
+    "attention layers that add a bias to the logits use the gather backend, which is not faster than dense attention"
+)
+
 
 @dataclass(frozen=True)
 class BreakEvenPoint:
@@ -77,7 +81,7 @@ def break_even(
     max_seconds: float = 60.0,
     repeats: int = 5,
     progress: Progress | None = None,
-) -> BreakEven:
+) -> BreakEven | None:
     """Find from which token count a sparse attention layer beats dense attention on this machine.
 
     Measures the first sparse layer of ``sparse`` (prediction, selection, pooling, tail and attention) against
@@ -94,10 +98,16 @@ def break_even(
         repeats: pairs of runs per size.
         progress: called with the token count measured last and ``max_tokens``.
 
+    Returns:
+        What was found; None, unmeasured, where the layer adds a bias to the logits (:data:`NEVER_WITH_BIAS`).
+
     Raises:
         ValueError: if no layer of ``sparse`` is sparse.
     """
-    layer = copy.deepcopy(next(iter(sparse_layers(sparse).values()))).eval()
+    layer = next(iter(sparse_layers(sparse).values()))
+    if layer.takes_bias:
+        return None
+    layer = copy.deepcopy(layer).eval()
     layer.configure(layer.config.replace(dense_below=0))
     side, start, sides = 14, time.perf_counter(), []
     while side**2 <= max_tokens:

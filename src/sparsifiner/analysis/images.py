@@ -117,7 +117,7 @@ def preprocess(model: nn.Module, size: tuple[int, int]) -> Callable[[Image], Ten
 
 def check_size(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
     """Refuse a size, rows and columns in pixels, that the patches do not divide; the error names near ones."""
-    if any(side % patch for side, patch in zip(size, patch_size, strict=True)):
+    if any(side < patch or side % patch for side, patch in zip(size, patch_size, strict=True)):
         near = []
         for up in (0, 1):
             rows, columns = (
@@ -144,12 +144,31 @@ def read_photo(file: Path) -> Image:
         raise ValueError(f"the picture {file} cannot be read: {_reason(error)}") from error
 
 
+def as_rgb(image: Image) -> Image:
+    """``image`` in RGB with 8 bits; 16-bit grey is scaled, where Pillow would cut it off at 255.
+
+    Raises:
+        ValueError: if its numbers have no known white: floats, or whole numbers beyond 16 bits.
+    """
+    import numpy
+    from PIL import Image as Pillow
+
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        pixels = numpy.asarray(image).astype("int32")
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("it holds whole numbers beyond 16 bits; save it with 8 or 16 bits")
+        image = Pillow.fromarray(((pixels + 128) // 257).astype("uint8"))
+    return image.convert("RGB")
+
+
 def _read(file: Path) -> Image:
     from PIL import Image as Pillow
     from PIL import ImageOps
 
     with Pillow.open(file) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        return as_rgb(ImageOps.exif_transpose(opened))
 
 
 def _reason(error: Exception) -> str:

@@ -48,7 +48,7 @@ class AttentionMaps:
     Args:
         queries: row and column of each query patch.
         grid: rows and columns of the patch grid.
-        layers: an early, a middle and a late layer, or those asked for.
+        layers: an early, a middle and a late one of the layers that chose keys, or those asked for.
         num_layers: sparse layers of the model.
         keep_rate: of the first of ``layers``.
     """
@@ -75,18 +75,17 @@ def attention_maps(
         sparse: its sparse version.
         x: one preprocessed image ``[1, 3, height, width]``.
         queries: rows and columns of patches; three places spread over the grid if None.
-        layers: numbers of sparse layers from 0; the first, the middle and the last if None.
+        layers: numbers of sparse layers from 0; the first, the middle and the last that chose keys if None.
 
     Raises:
-        ValueError: if ``x`` holds more than one image, a query lies outside the grid, attention ran dense, or the
-            model prunes or merges tokens.
+        ValueError: if ``x`` holds more than one image, a query lies outside the grid, attention ran dense (in all
+            layers, or in one of ``layers``), or the model prunes or merges tokens.
     """
     refuse_reduced(sparse, "attention maps")
     if x.ndim != 4 or x.shape[0] != 1:
         raise ValueError(f"x must hold one image, [1, 3, height, width], got {list(x.shape)}")
     names = list(sparse_layers(sparse))
-    chosen = sorted(set(layers if layers is not None else (0, (len(names) - 1) // 2, len(names) - 1)))
-    wanted = {names[number]: number for number in chosen}
+    wanted = {names[number]: number for number in (range(len(names)) if layers is None else sorted(set(layers)))}
     kept: dict[str, Connectivity] = {}
 
     def keep(name: str, layer: SparseAttention, did: LayerRecord) -> None:
@@ -95,7 +94,10 @@ def attention_maps(
 
     with torch.no_grad(), _observing(sparse, wanted, keep):
         sparse(x)
-    if kept.keys() != wanted.keys():
+    if layers is None and kept:
+        chose = [number for name, number in wanted.items() if name in kept]
+        wanted = {names[number]: number for number in (chose[0], chose[(len(chose) - 1) // 2], chose[-1])}
+    if not wanted.keys() <= kept.keys():
         raise ValueError("attention ran dense at this size, so no keys were chosen; set dense_below=0 to see them")
     tiling = next(iter(kept.values())).tiling
     rows, columns = tiling.grid

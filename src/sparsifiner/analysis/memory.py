@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..messages import one_line
+
 
 @dataclass(frozen=True)
 class PeakMemory:
@@ -63,7 +65,7 @@ def measure_memory(model: nn.Module, x: Tensor, *, timeout: float = 600.0) -> Pe
         try:
             torch.save({"model": model, "x": x, "threads": torch.get_num_threads()}, file)
         except Exception as error:
-            raise RuntimeError(f"the model cannot be pickled ({_one_line(error)})") from error
+            raise RuntimeError(f"the model cannot be pickled ({one_line(error)})") from error
         command = [sys.executable, "-m", "sparsifiner.analysis._memory_worker", str(file)]
         # Classes in the pickle must be found where this process found them.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -89,7 +91,3 @@ def _cuda_peak(model: nn.Module, x: Tensor) -> int:
         model(x)
         torch.cuda.synchronize(x.device)
     return torch.cuda.max_memory_allocated(x.device) - before
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

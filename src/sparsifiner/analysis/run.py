@@ -15,7 +15,7 @@ from ..convert import conversion, densify, is_sparse, set_keep_rate, sparse_laye
 from ..models import load_model
 from ..progress import Progress
 from ..tiling import Tiling
-from .crossover import BreakEven, break_even
+from .crossover import NEVER_WITH_BIAS, BreakEven, break_even
 from .fidelity import measure_fidelity
 from .flops import FlopReport, count_flops
 from .images import Photos, check_size, crop, preprocess
@@ -64,7 +64,7 @@ class _Collected:
     cases: list[Case]
     notes: list[str]
     pictures: dict[str, bytes]
-    break_even: dict[object, BreakEven]
+    break_even: dict[object, BreakEven | None]
 
 
 def run_report(settings: Settings, photos: Photos, progress: Progress | None = None) -> Report:
@@ -260,6 +260,8 @@ def _notes(settings: Settings, photos: Photos, sparse: nn.Module) -> list[str]:
         )
     if settings.config is not None and settings.config.predictor == "oracle":
         notes.append("The oracle looks at the dense attention map: it bounds the fidelity and cannot be faster.")
+    if settings.repeats and next(iter(sparse_layers(sparse).values())).takes_bias:
+        notes.append(f"No size from which sparse pays was looked for: {NEVER_WITH_BIAS}.")
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if settings.repeats and load > 1.5 * cores:
         notes.append(

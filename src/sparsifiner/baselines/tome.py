@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.scored import dense_attention
 from ..adapters.vit import DenseVitAttention, gated_projection, project_vit
-from ..blocks import ReducingBlock, check_reducible
+from ..blocks import ReducingBlock, check_reducible, refuse_maps
 from ..tokens import take_tokens
 
 
@@ -147,4 +147,5 @@ def merge_tokens(model: nn.Module, per_layer: int | Sequence[int], *, inplace: b
         block.attn = MergingAttention(block.attn)
         vit.blocks[number] = MergingBlock(block, counts[number], vit.num_prefix_tokens, sizes)
     vit.patch_embed.register_forward_hook(sizes)
+    refuse_maps(model)
     return model

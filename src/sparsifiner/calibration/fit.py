@@ -36,6 +36,7 @@ FEW_IMAGES = 8  # for what costs several passes of each: keep rates per layer, a
 SAVE_SECONDS = 20.0
 
 
+@torch.inference_mode(False)  # it takes gradients, wherever it is called
 def calibrate(
     model: nn.Module,
     images: Images,
@@ -46,7 +47,7 @@ def calibrate(
     steps: int = 200,
     learning_rate: float = 3e-3,
     max_images: int | None = 64,
-    img_size: tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     seed: int = 0,
     state: str | Path | None = None,
     progress: Progress | None = None,
@@ -71,7 +72,7 @@ def calibrate(
         learning_rate: of Adam, relative to the root mean square of each weight matrix at the start, falling to
             zero along a cosine.
         max_images: how many of each set are used at most; None uses all.
-        img_size: rows and columns in pixels for pictures; the model's own if None.
+        img_size: rows and columns in pixels for pictures, or one number for both; the model's own if None.
         seed: of the order of images and the queries that are looked at.
         state: a file to continue from after an interruption, made if missing. The result is that of an
             uninterrupted run. It stays when all is done.
@@ -197,7 +198,8 @@ class _Run:
 
     def _few_images(self) -> list[Tensor]:
         """Evenly spaced ones of the images."""
-        return self.images[:: max(1, len(self.images) // FEW_IMAGES)][:FEW_IMAGES]
+        count = min(FEW_IMAGES, len(self.images))
+        return [self.images[number * len(self.images) // count] for number in range(count)]
 
     def _start_spectrally(self, fits: dict[str, LowRankPredictor]) -> None:
         tensors = self.state.tensors

@@ -16,7 +16,9 @@ from ..convert import sparse_layers
 Images = str | Path | Tensor | Sequence[str | Path] | Iterable[Any]
 
 
-def load_images(model: nn.Module, images: Images, limit: int | None, size: tuple[int, int] | None) -> list[Tensor]:
+def load_images(
+    model: nn.Module, images: Images, limit: int | None, size: int | tuple[int, int] | None
+) -> list[Tensor]:
     """Images ``[1, 3, height, width]``, float32.
 
     Args:
@@ -25,10 +27,12 @@ def load_images(model: nn.Module, images: Images, limit: int | None, size: tuple
             images, or an iterable of such tensors, of single images ``[3, height, width]``, or of tuples that
             start with either (a ``DataLoader`` with labels, which are ignored).
         limit: how many to take at most; an iterable is read no further.
-        size: rows and columns in pixels that pictures are brought to; the model's own if None.
+        size: rows and columns in pixels that pictures are brought to, or one number for both; the model's own if
+            None.
 
     Raises:
-        ValueError: if there is no image, or an entry is none of these; the message says which.
+        ValueError: if there is no image, an entry is none of these, or one is not what the model takes; the message
+            says which.
     """
     if isinstance(images, (str, Path)):
         found = load_photos(images, limit)
@@ -58,13 +62,14 @@ def load_images(model: nn.Module, images: Images, limit: int | None, size: tuple
             )
         if not torch.isfinite(batch).all():
             raise ValueError(f"images: entry {number} holds values that are not finite")
-        result += (batch if batch.ndim == 4 else batch[None]).detach().cpu().float().split(1)
+        _refuse_misfits(model, f"entry {number}", batch.shape[-3:])
+        result += [image[None] for image in (batch if batch.ndim == 4 else batch[None]).detach().cpu().float()]
     if not result:
         raise ValueError("there is no image to calibrate on; give a few dozen")
     return result[:limit]
 
 
-def _size(model: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+def _size(model: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
     grid = next(iter(sparse_layers(model).values())).grid
     if size is None:
         embed = getattr(model, "patch_embed", None)
@@ -72,5 +77,25 @@ def _size(model: Any, size: tuple[int, int] | None) -> tuple[int, int]:
             grid.shape[0] * grid.patch_size[0],
             grid.shape[1] * grid.patch_size[1],
         )
+    elif isinstance(size, int):
+        size = (size, size)
     check_size(size, grid.patch_size)
+    _refuse_misfits(model, "pictures", (3, *size))
     return size
+
+
+def _refuse_misfits(model: Any, what: str, shape: Sequence[int]) -> None:
+    """Refuse images ``[channels, height, width]`` that the model cannot take."""
+    channels, size = shape[0], (shape[1], shape[2])
+    wanted = getattr(model, "in_chans", channels)
+    if channels != wanted:
+        raise ValueError(f"images: {what} of {channels} channels do not fit the model, which takes {wanted}")
+    embed = getattr(model, "patch_embed", None)
+    own = getattr(embed, "img_size", None)
+    if own is not None and getattr(embed, "strict_img_size", False) and size != tuple(own):
+        raise ValueError(
+            f"images: {what} of {size[0]}x{size[1]} pixels do not fit the model, which takes {own[0]}x{own[1]}; "
+            f"give that size, or build the model with dynamic_img_size=True"
+        )
+    if not getattr(embed, "dynamic_img_pad", False):
+        check_size(size, next(iter(sparse_layers(model).values())).grid.patch_size)

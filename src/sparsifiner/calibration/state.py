@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..digest import digest
 from ..files import replacing
 
 
@@ -67,11 +67,7 @@ class State:
 
 def fingerprint(settings: dict[str, Any], tensors: Iterable[Tensor]) -> str:
     """SHA-256 over settings that JSON can hold, and over the bytes of tensors."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest.hexdigest()
+    return digest([json.dumps(settings, sort_keys=True), *tensors])
 
 
 class Optimizer(torch.optim.AdamW):

@@ -49,7 +49,7 @@ def benchmark(
 
     from .. import __version__, cpu
     from ..analysis.benchmark import measure_model, measure_operator
-    from ..analysis.crossover import break_even
+    from ..analysis.crossover import NEVER_WITH_BIAS, break_even
     from ..analysis.images import check_size
     from ..analysis.report import this_machine
     from ..config import SparsifinerConfig
@@ -62,7 +62,7 @@ def benchmark(
         check_size(size, built.patch_embed.patch_size)
     stderr = Console(stderr=True)
     found: list[Measured] = []
-    pays: dict[str, BreakEven] = {}
+    pays: dict[str, BreakEven | None] = {}
     with progress_on(stderr) as tell:
         for count in counts:
             side = math.isqrt(count)
@@ -111,7 +111,7 @@ def benchmark(
         "machine": asdict(machine),
         "level": cpu.level(),
         "measured": [item.to_dict() for item in found],
-        "break_even": {name: item.to_dict() for name, item in pays.items()},
+        "break_even": {name: item and item.to_dict() for name, item in pays.items()},
     }
     if json:
         print(jsonlib.dumps(facts, indent=2))
@@ -121,7 +121,7 @@ def benchmark(
     say(stdout, f"{machine.processor}, {machine.threads} threads, torch {machine.torch}, {level}")
     print_measured(found, stdout)
     for name, item in pays.items():
-        say(stdout, f"{name}: {item}")
+        say(stdout, f"{name}: {item or f'not measured: {NEVER_WITH_BIAS}'}")
     say(stdout, "A sparse model runs dense by itself where sparse is expected to be slower (dense_below).")
 
 

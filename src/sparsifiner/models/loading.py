@@ -45,7 +45,7 @@ def load_model(
                 f"{name} is a saved sparse model and has its own arguments; leave out {', '.join(model_args)}"
             )
         model: Any = from_pretrained(name, img_size=img_size)
-        if num_classes not in (None, model.num_classes):
+        if num_classes is not None and num_classes != model.num_classes:
             model.reset_classifier(num_classes)
         return model.eval()
     if (Path(name) / TIMM_CONFIG_NAME).is_file():

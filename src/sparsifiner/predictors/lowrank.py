@@ -17,9 +17,10 @@ class LowRankPredictor(Predictor):
     """Sparse coefficients times a sparse basis, shared by the heads of a layer.
 
     ``coef = softmax(q' (W_down^T k')^T * scale)`` and ``score = coef |W_up|^T`` with ``q'`` and ``k'``
-    of reduced width. A tile scores by the sum of its queries' rows, so 1x1 tiles are the paper's. With a tail,
-    the estimated attention counts times the distance of the key's value from the pooled value that would stand
-    in for it, as in the training-free predictor.
+    of reduced width; 1x1 tiles are the paper's. A larger tile weighs each basis row as the query does that needs
+    it most (``reduction="max"``) or as all of them together (``"sum"``). With a tail, the estimated attention counts
+    times the distance of the key's value from the pooled value that would stand in for it, as in the training-free
+    predictor.
 
     Args:
         config: settings of this layer.
@@ -118,7 +119,8 @@ class LowRankPredictor(Predictor):
     def tile_scores(
         self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
-        coef = tiling.sum_patches(self.coefficients(q, k, tiling))
+        coef = self.coefficients(q, k, tiling)
+        coef = tiling.max_patches(coef) if self.config.reduction == "max" else tiling.sum_patches(coef)
         basis = self.basis(tiling)[..., self.first_candidate(tiling) :, :].mT
         batch, heads, num_tokens, _ = q.shape
         # A threshold on the scores is one on estimated attention, as in the paper.

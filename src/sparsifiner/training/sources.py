@@ -236,13 +236,13 @@ def open_validation(
         raise ValueError("the model has no classifier to validate; train one first, or name another model")
     if len(found.classes) > num_classes:
         raise ValueError(
-            f"the images have {len(found.classes)} classes, but the model's head is for {num_classes}; take a model that "
-            f"was trained on them"
+            f"the images have {len(found.classes)} classes, but the model's head is for {num_classes}; "
+            f"take a model that was trained on them"
         )
     if len(found.classes) < num_classes:
         warnings.warn(
-            f"the images have {len(found.classes)} classes and the model {num_classes}; that is right only if theirs are "
-            f"the model's first ones, in this order",
+            f"the images have {len(found.classes)} classes and the model {num_classes}; "
+            f"that is right only if theirs are the model's first ones, in this order",
             stacklevel=2,
         )
     return found

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_model_args, save_for_hf
+from timm.models import save_for_hf
 from torch import nn
 
 from ..convert import densify, is_sparse, sparse_layers, sparsify
@@ -101,8 +101,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     Either folder is a model name for ``load_model``.
     """
     if is_converted(model):
-        arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in get_model_args(model).items()}
-        save_pretrained(model, folder, model_args=arguments)
+        save_pretrained(model, folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:

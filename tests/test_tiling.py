@@ -1,0 +1,45 @@
+"""Index tensors that are kept between calls are real, whatever mode made the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from sparsifiner import SparsifinerConfig, prune_tokens, sparsify
+from sparsifiner.subset import z_order
+from sparsifiner.tiling import Tiling
+
+CPU = torch.device("cpu")
+
+
+def make_plain(vit: nn.Module) -> nn.Module:
+    return sparsify(vit, SparsifinerConfig(keep_rate=0.2, query_tile=(3, 2), tail=(3, 3), dense_below=0))
+
+
+def make_pruned(vit: nn.Module) -> nn.Module:
+    return make_plain(prune_tokens(vit, keep_rate=0.7, layers=(1,)))
+
+
+@pytest.mark.parametrize("make", [make_plain, make_pruned])
+def test_a_forward_pass_of_fake_tensors_leaves_none_behind(
+    make: Callable[[nn.Module], nn.Module], tiny_vit: Callable[..., nn.Module], images: Callable[..., Tensor]
+) -> None:
+    model, x = make(tiny_vit(img_size=44)), images(1, 3, 44, 44)  # a grid that no other test has
+    with torch.no_grad():
+        for _ in range(2):  # nothing is kept at first, then real tensors are
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                assert isinstance(model(mode.from_tensor(x)), FakeTensor)
+            assert type(model(x)) is Tensor
+
+
+def test_index_tensors_are_on_the_device_asked_for() -> None:
+    tiling = Tiling((7, 9), (4, 4), 1)
+    with torch.device("meta"):
+        place, tokens = z_order((7, 9), CPU), tiling.tokens(CPU)
+    assert place.device == tokens.device == CPU
+    assert len(place.unique()) == 63
+    assert z_order((7, 9), CPU).device == CPU
