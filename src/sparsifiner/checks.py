@@ -51,9 +51,7 @@ def number(
 def text(what: str, value: object, *, optional: bool = False) -> None:
     """Refuse what is no text; None passes where ``optional``."""
     if not isinstance(value, str) and not (optional and value is None):
-        raise ValueError(
-            f"{what} must be text, got {value!r}; YAML takes 'quotes' for text that looks like another thing"
-        )
+        raise ValueError(f"{what} must be text, got {value!r}; put quotes around it")
 
 
 def flag(what: str, value: object) -> None:

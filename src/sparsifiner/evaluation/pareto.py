@@ -69,11 +69,11 @@ class _Run:
         self.dense: Any = load_model(sweep.model, img_size=data.size)
         if is_converted(self.dense) or not getattr(self.dense, "num_classes", 0):
             raise ValueError(f"{sweep.model} must be a dense model with a classifier; train one first")
-        embed: Any = self.dense.patch_embed
-        self.size: tuple[int, int] = data.size or tuple(embed.img_size)
+        dense: Any = self.dense
+        self.size: tuple[int, int] = data.size or tuple(dense.patch_embed.img_size)
         source = open_validation(
             data.source, data.path, data.val_split or "", train_split=data.train_split,
-            num_classes=self.dense.num_classes, download=data.download, limit=None,
+            num_classes=dense.num_classes, download=data.download, limit=None,
         )  # fmt: skip
         self.purpose = {**sweep.purpose(), "validation_images": len(source)}
         self.rows = load_rows(folder, self.purpose)
