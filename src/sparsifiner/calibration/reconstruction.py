@@ -25,10 +25,11 @@ def reconstruction_loss(
 ) -> Tensor:
     """``0.01 * sum((score - target)^2)`` per head, for the queries of ``tiles``; a scalar with gradients.
 
-    Without a tail the target is the dense attention, mean over the queries of a tile (of which there is one in
-    the paper). With a tail it is what the tail would get wrong of each key, as :func:`tail_misses` has it, and
-    the score is the one that selects: estimated attention times the key's stake. Both are taken in units of the
-    head's mean stake, so that the loss has the size it has without a tail.
+    Without a tail the target is the dense attention. With a tail it is what the tail would get wrong of each key,
+    as :func:`tail_misses` has it, and the score is the one that selects: estimated attention times the key's stake.
+    Both are taken in units of the head's mean stake, so that the loss has the size it has without a tail. The queries
+    of a tile (of which there is one in the paper) are merged on both sides as ``reduction`` says: by their maximum, or
+    by their mean where scores are sums.
 
     Args:
         predictor: float32; in training mode with ``attn_recon`` its scores use the signed basis and all
@@ -42,13 +43,17 @@ def reconstruction_loss(
         attn_bias: added to them, ``[1 or B, 1 or H, N, N]``, or None.
     """
     tokens = tiling.tokens(q.device)[tiles].long()  # [t, S]
-    inside = (tokens >= 0).to(q.dtype)
+    inside = (tokens >= 0).to(q.dtype)[..., None]  # [t, S, 1]
     rows = tokens.clamp(min=0).flatten()
-    share = (inside / inside.sum(-1, keepdim=True))[..., None]  # [t, S, 1]
+
+    def merged(values: Tensor) -> Tensor:
+        """``[B, H, t * S, n]`` of single queries, not negative, to ``[B, H, t, n]`` of tiles."""
+        of_tiles = values.unflatten(2, tokens.shape) * inside
+        return of_tiles.amax(3) if predictor.config.reduction == "max" else of_tiles.sum(3) / inside.sum(1)
+
     first = predictor.first_candidate(tiling)
     coef = predictor.coefficients_of(predictor.q_proj(q[:, :, rows]), predictor.k_proj(k), tiling)
-    coef = (coef.unflatten(2, tokens.shape) * share).sum(3)  # [B, H, t, n_down]
-    score = coef @ predictor.basis(tiling)[..., first:, :].mT
+    score = merged(coef) @ predictor.basis(tiling)[..., first:, :].mT
     bias = None if attn_bias is None else attn_bias[:, :, rows].to(q.dtype)
     stakes = predictor.stakes(v, tiling) if predictor.config.score_threshold is None else None
     with torch.no_grad():
@@ -60,7 +65,7 @@ def reconstruction_loss(
             unit = stakes.mean(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
             misses = tail_misses(q[:, :, rows], k, v, blocks, scale, bias)[..., first:]
             target, stakes = misses / unit[:, :, None], stakes / unit
-        target = (target.unflatten(2, tokens.shape) * share).sum(3)
+        target = merged(target)
     if stakes is not None:
         score = score * stakes[:, :, None]
     return WEIGHT * (score - target).square().sum() / (q.shape[0] * q.shape[1])
