@@ -216,14 +216,15 @@ def test_one_number_is_a_square_of_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [PAPER, TILES])
-def test_inference_mode_changes_nothing(config: SparsifinerConfig) -> None:
-    def fitted() -> dict[str, torch.Tensor]:
+def test_inference_mode_and_frozen_weights_change_nothing(config: SparsifinerConfig) -> None:
+    def fitted(*, learns: bool = True) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        sparse = sparsify(tiny(), config)
+        sparse = sparsify(tiny(), config).requires_grad_(learns)
         calibrate(sparse, batch(2), steps=2, progress=quietly)
         return weights(sparse)
 
     expected = fitted()
+    assert same(fitted(learns=False), expected)
     with torch.inference_mode():
         assert same(fitted(), expected)
 

@@ -152,7 +152,7 @@ class _Run:
     def fit_predictors(self, start: Start, steps: int, learning_rate: float) -> None:
         """The closed-form start, then the reconstruction loss, in float32."""
         fits = {
-            name: copy.deepcopy(layer.predictor).float()
+            name: copy.deepcopy(layer.predictor).float().requires_grad_(True)
             for name, layer in self.layers.items()
             if isinstance(layer.predictor, LowRankPredictor)
         }
