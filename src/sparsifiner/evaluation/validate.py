@@ -15,14 +15,15 @@ from ..analysis import count_flops, interleave
 from ..analysis.accuracy import Accuracy, count_correct
 from ..baselines import baseline_settings
 from ..config import SparsifinerConfig
-from ..convert import always_sparse, densify, find_sparse_layers, is_sparse, set_keep_rate, sparsify
+from ..convert import always_sparse, find_sparse_layers, is_sparse, set_keep_rate, sparsify
 from ..models import load_model
 from ..progress import Progress
 from ..saving import is_converted
-from ..tokens import is_pruned, token_pruning, unprune_tokens
+from ..tokens import is_pruned, token_pruning
 from ..training.data import Samples, validation_loader, validation_transform
 from ..training.recipe import DataConfig
 from ..training.sources import open_validation
+from ..training.student import dense_twin
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def validate(
     if is_converted(loaded):
         if config is not None:
             raise ValueError(f"{title} is converted already ({_describe(loaded)}); leave the configuration out")
-        dense, converted = _dense_twin(loaded), loaded
+        # Nothing leads back from a baseline.
+        dense, converted = (dense_twin(loaded) if baseline_settings(loaded) is None else None), loaded
     else:
         dense, converted = loaded, sparsify(loaded, config)
     if keep_rates and not _keep_rates(converted):
@@ -172,14 +174,6 @@ def _keep_rates(model: nn.Module) -> list[float]:
     """Those of the sparse layers, rising; a layer with a score threshold in their place has none."""
     layers = find_sparse_layers(model).values()
     return sorted(layer.predictor.keep_rate for layer in layers if layer.config.score_threshold is None)
-
-
-def _dense_twin(model: nn.Module) -> nn.Module | None:
-    """A converted model's weights with dense attention and every token, or None if nothing leads back there."""
-    if baseline_settings(model) is not None:
-        return None
-    dense = densify(model) if is_sparse(model) else model
-    return unprune_tokens(dense) if is_pruned(dense) else dense
 
 
 def _measure(

@@ -71,8 +71,13 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
             f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach them; train it "
             f"dense first and name its folder as model, name another teacher, or leave out kl, aux_mse and token_label"
         )
-    dense = densify(base) if is_sparse(base) else copy.deepcopy(base)
-    return unprune_tokens(dense) if is_pruned(dense) else dense
+    return dense_twin(base)
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy of a dense, sparse or pruned model with the same weights, dense attention and every token."""
+    twin = densify(model) if is_sparse(model) else copy.deepcopy(model)
+    return unprune_tokens(twin, inplace=True) if is_pruned(twin) else twin
 
 
 def _trained_classes(config: TrainConfig, base: Any) -> int | None:
