@@ -3,7 +3,8 @@
     python benchmarks/cost.py benchmarks/results/cost.json
 
 One attention layer without its projections against ``scaled_dot_product_attention``, interleaved, over sizes, heads,
-batches, keep rates and tiles; float32 and bfloat16. Finished cases are kept in the output file. Needs SciPy.
+batches, keep rates and tiles; float32 and bfloat16. The tail pools whole blocks: ``regroup`` was measured by itself.
+Finished cases are kept in the output file. Needs SciPy.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def cases() -> list[tuple[int, int, int, float, str]]:
 
 def work(case: dict[str, Any]) -> tuple[list[float], float]:
     """What the constants multiply (attend, score, elements, calls), and the dense multiply-adds."""
-    config = SparsifinerConfig(keep_rate=case["keep_rate"], dense_below=0, **PATTERNS[case["pattern"]])
+    config = SparsifinerConfig(keep_rate=case["keep_rate"], tail_refine=0, dense_below=0, **PATTERNS[case["pattern"]])
     tiling = Tiling((case["side"], case["side"]), config.query_tile, 1)
     predictor = build_predictor(
         config, num_heads=case["heads"], head_dim=HEAD_DIM, grid=tiling.grid, num_prefix_tokens=1
@@ -89,7 +90,7 @@ def main() -> None:
         if case in done:
             continue
         batch, heads, side, rate, pattern = case
-        config = SparsifinerConfig(keep_rate=rate, dense_below=0, **PATTERNS[pattern])
+        config = SparsifinerConfig(keep_rate=rate, tail_refine=0, dense_below=0, **PATTERNS[pattern])
         for found in measure_operator((side, side), config, heads=heads, batch=batch, repeats=5):
             measured.append(
                 {

@@ -33,5 +33,7 @@ constexpr Kernels level_kernels = {
     score_quads<Pairs, Mode::dot, Compressor>,
     group_scratch<Float>,
     group_tile<Float>,
+    nearest_scratch<Float>,
+    nearest<Float>,
     distances,
 };

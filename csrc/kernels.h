@@ -56,6 +56,15 @@ struct GroupTask {
   void* out;                // [groups][width]
 };
 
+// Some rows, each of which joins the nearest of a few means.
+struct NearestTask {
+  DType dtype;
+  int width, count, candidates;
+  const void* const* rows;    // [count]
+  const float* const* means;  // [candidates], each [width]
+  int32_t* nearest;           // [count]: number of the nearest candidate, the first of equally near ones
+};
+
 constexpr int kMaxScoreQueries = 256;
 constexpr int kQuad = 4;
 constexpr int kMaxKeyBlock = 64;
@@ -80,6 +89,8 @@ struct Kernels {
   bool (*score_quads)(const QuadTask& task, void* scratch);  // false if a score is NaN
   std::size_t (*group_scratch)(const GroupTask& task);
   void (*group_tile)(const GroupTask& task, void* scratch);
+  std::size_t (*nearest_scratch)(const NearestTask& task);
+  void (*nearest)(const NearestTask& task, void* scratch);
   void (*distances)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean, float* out);
 };
 

@@ -74,7 +74,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx2_kernels;
 const Kernels avx2_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, Avx2::keys, key_words, pack_keys, score_scratch<Avx2>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx2>, score_quads_by_dtype<Avx2, ScalarCompressor>, group_scratch<Avx2>, group_tile<Avx2>, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Avx2>, Avx2::keys, key_words, pack_keys, score_scratch<Avx2>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx2>, score_quads_by_dtype<Avx2, ScalarCompressor>, group_scratch<Avx2>, group_tile<Avx2>, nearest_scratch<Avx2>, nearest<Avx2>, distances,
 };
 
 }  // namespace sparsifiner

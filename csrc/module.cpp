@@ -136,9 +136,10 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "log_counts",
-      [](uintptr_t indices, uintptr_t bias, int64_t count, int64_t kept, const Grid& grid, uintptr_t counts, int threads) {
+      [](uintptr_t indices, uintptr_t bias, int64_t count, int64_t kept, const Grid& grid, uintptr_t member,
+         int64_t rows_per_head, uintptr_t counts, int threads) {
         sp::log_counts(pointer<const int32_t>(indices), pointer<const float>(bias), count, kept, block_grid(grid),
-                       pointer<float>(counts), threads);
+                       pointer<const int32_t>(member), rows_per_head, pointer<float>(counts), threads);
       },
       release());
   m.def(
@@ -146,6 +147,29 @@ NB_MODULE(_native, m) {
       [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid,
          uintptr_t out, int threads) {
         sp::pool_blocks(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<void>(out), threads);
+      },
+      release());
+  m.def(
+      "group_patches",
+      [](const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16, const RowsTuple& x, const Grid& grid,
+         uintptr_t member, uintptr_t mean, uintptr_t distance, int threads) {
+        sp::PatchGroups p;
+        std::tie(p.batch, p.heads, p.width, p.steps) = shape;
+        p.dtype = dtype(bfloat16);
+        p.x = rows(x);
+        p.grid = block_grid(grid);
+        p.member = pointer<int32_t>(member);
+        p.mean = pointer<void>(mean);
+        p.distance = pointer<float>(distance);
+        sp::group_patches(p, threads);
+      },
+      release());
+  m.def(
+      "pool_groups",
+      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, uintptr_t member,
+         uintptr_t out, int threads) {
+        sp::pool_groups(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<const int32_t>(member),
+                        pointer<void>(out), threads);
       },
       release());
 }

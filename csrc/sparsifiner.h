@@ -102,9 +102,10 @@ struct ScreenedKeys {
 void screened_keys(const ScreenedKeys& problem, int threads);
 
 // counts[R, P] = log(keys of each block that are not among indices[R, K]); entries whose bias is -inf
-// do not count as kept.
+// do not count as kept. With `member`, the group of each patch by group_patches, groups stand for the blocks: of
+// [rows / rows_per_head, patches], one list per `rows_per_head` rows.
 void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t kept, const BlockGrid& grid,
-                float* counts, int threads);
+                const int32_t* member, int64_t rows_per_head, float* counts, int threads);
 
 // out[B, H, N] = distance of each row of x from the mean of its block; of prefix rows, their norm.
 void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
@@ -113,5 +114,23 @@ void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, i
 // out[B, H, P, D] = mean over each block of x.
 void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
                  void* out, int threads);
+
+// Groups of patches with like rows. They start as the blocks; `steps` times each patch joins, of its own block's group
+// and those around it (3x3), the one with the nearest mean, and the means are taken anew (Lloyd's algorithm). A group
+// that lost all its patches keeps its mean.
+struct PatchGroups {
+  int64_t batch, heads, width, steps;
+  DType dtype;
+  Rows x;
+  BlockGrid grid;
+  int32_t* member;  // [B, H, rows * columns]
+  void* mean;       // [B, H, P, D]
+  float* distance;  // [B, H, N]: of each row from the mean of its group; of prefix rows, their norm
+};
+void group_patches(const PatchGroups& problem, int threads);
+
+// out[B, H, P, D] = mean of x over each of the groups that group_patches made; zeros for a group without patches.
+void pool_groups(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
+                 const int32_t* member, void* out, int threads);
 
 }  // namespace sparsifiner

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsifiner
 from sparsifiner import SparsifinerConfig, sparse_attention
 from sparsifiner.analysis import count_flops
-from sparsifiner.connectivity import Connectivity, pool_tail
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.tail import group_keys
 from sparsifiner.tiling import Tiling
 
 PUBLISHED = {1.0: 431, 0.9: 396.8, 0.8: 360.6, 0.7: 324.6, 0.6: 290.3, 0.5: 254.2, 0.4: 218.0}
@@ -134,7 +135,7 @@ def test_the_counter_sees_the_operator_forward_and_backward():
     q, k, v = (torch.randn(2, 3, 21, 8, requires_grad=True) for _ in range(3))
     indices = torch.arange(5, dtype=torch.int32).expand(2, 3, tiling.num_tiles, 5).contiguous()
     connectivity = Connectivity(tiling, indices)
-    tail = pool_tail(k.detach(), v.detach(), connectivity, (2, 2))
+    tail = group_keys(k.detach(), v.detach(), tiling.regions((2, 2))).tail(connectivity)
     with FlopCounterMode(display=False) as counter:
         out = sparse_attention(q, k, v, connectivity, tail=tail, backend="gather")
     forward = counter.get_total_flops()

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner import Connectivity, Tiling
-from sparsifiner.connectivity import pool_tail, tail_log_counts
+from sparsifiner.pooling import count_unkept
+from sparsifiner.tail import group_keys
 
 CPU = torch.device("cpu")
 tilings = st.builds(
@@ -58,20 +59,23 @@ def test_log_counts_are_exact(tiling: Tiling, share: float, padded: bool, data: 
     if padded:
         bias = torch.zeros(indices.shape).masked_fill(torch.rand(indices.shape) < 0.5, float("-inf"))
     connectivity = Connectivity(tiling, indices, bias)
-    blocks = Tiling(tiling.grid, block)
+    blocks = tiling.regions(block)
+    counts = count_unkept(indices, bias, blocks)
     dropped = ~connectivity.to_mask()[:, :, tiling.num_prefix_tokens :, tiling.num_prefix_tokens :]
     first_patch = tiling.tokens(CPU)[:, 0].long() - tiling.num_prefix_tokens
     for number in range(blocks.num_tiles):
         members = blocks.tile_of_patch(CPU) == number
         want = dropped[:, :, first_patch][..., members].sum(-1).float().log()
-        torch.testing.assert_close(tail_log_counts(connectivity, blocks)[..., number], want, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(counts[..., number], want, rtol=1e-6, atol=0.0)
 
 
 def test_the_tail_vanishes_when_every_key_is_kept() -> None:
     tiling = Tiling((4, 5), (2, 2), 1)
     indices = torch.arange(21, dtype=torch.int32).expand(1, 1, tiling.num_tiles, 21)
     k = torch.randn(1, 1, 21, 8)
-    assert (pool_tail(k, k, Connectivity(tiling, indices), (2, 3)).bias == float("-inf")).all()
+    for steps in (0, 2):
+        tail = group_keys(k, k, tiling.regions((2, 3)), steps).tail(Connectivity(tiling, indices))
+        assert (tail.bias == float("-inf")).all()
 
 
 @given(tiling=tilings, keys=st.integers(1, 20))

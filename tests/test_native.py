@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner import Connectivity, Tail, Tiling, cpu, sparse_attention
-from sparsifiner.connectivity import pool_tail
 from sparsifiner.ops import choose_backend, why_not
 from sparsifiner.pooling import count_unkept
 from sparsifiner.selection import top_keys
+from sparsifiner.tail import group_keys
 
 pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
 
@@ -89,8 +89,11 @@ def make(
         bias.masked_fill_(torch.rand(indices.shape, generator=g) < 0.3, float("-inf"))
         bias[:, :, 0] = float("-inf")
     connectivity = Connectivity(tiling, indices, bias)
-    tail = block and pool_tail(k, v, connectivity, (min(block[0], grid[0]), min(block[1], grid[1])))
-    return Problem(q * size, k, v, connectivity, tail or None, width**-0.5)
+    tail = None
+    if block:
+        blocks = tiling.regions((min(block[0], grid[0]), min(block[1], grid[1])))
+        tail = group_keys(k, v, blocks, steps=seed % 2).tail(connectivity)
+    return Problem(q * size, k, v, connectivity, tail, width**-0.5)
 
 
 problems = st.builds(
@@ -239,7 +242,7 @@ def test_compiles_without_graph_breaks_and_runs_in_inference_mode(dtype: torch.d
         tiling = problem.connectivity.tiling
         scores = tiling.mean_patches(q[:, :, 1:]) @ k.transpose(-1, -2)
         connectivity = Connectivity(tiling, top_keys(scores, 20))
-        tail = pool_tail(k, v, connectivity, (4, 4))
+        tail = group_keys(k, v, tiling.regions((4, 4)), 2).tail(connectivity)
         return sparse_attention(q, k, v, connectivity, tail=tail, backend="native")
 
     inputs = (problem.q, problem.k, problem.v)
@@ -260,7 +263,7 @@ def test_library_contracts() -> None:
     torch.library.opcheck(ops.native_attention, (problem.q, problem.k, problem.v, *attention), test_utils=checks)
     torch.library.opcheck(ops.native_topk, (torch.randn(3, 40), 7), test_utils=checks)
     torch.library.opcheck(ops.native_pool_blocks, (problem.k, 9, 10, 4, 4, 1), test_utils=checks)
-    torch.library.opcheck(ops.native_count_unkept, (indices, None, 9, 10, 4, 4, 1), test_utils=checks)
+    torch.library.opcheck(ops.native_count_unkept, (indices, None, None, 9, 10, 4, 4, 1), test_utils=checks)
     torch.library.opcheck(ops.native_block_distances, (problem.v, 9, 10, 4, 4, 1), test_utils=checks)
     tokens, group_of = problem.connectivity.tiling.tokens(indices.device), torch.arange(16, dtype=torch.int32) // 4
     torch.library.opcheck(ops.native_group_queries, (problem.q, tokens, group_of, 4, 2), test_utils=checks)

@@ -11,6 +11,7 @@ from sparsifiner import SparsifinerConfig, Tiling, cpu
 from sparsifiner.pooling import pool_blocks
 from sparsifiner.predictors import PooledPredictor, build_predictor
 from sparsifiner.selection import native_group_queries, native_tile_keys, native_topk
+from sparsifiner.tail import group_keys
 
 pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
 
@@ -101,11 +102,13 @@ def test_groups_and_stakes_are_those_of_torch(
 ) -> None:
     tiling = Tiling(grid, tile, prefix)
     q, v = torch.randn(2, 2, 3, tiling.num_tokens, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    blocks = tiling.regions((4, 4))
     for keep_prefix in (True, False):
         predictor = PooledPredictor(SparsifinerConfig(query_tile=tile, tail=(4, 4), keep_prefix=keep_prefix))
         with cpu.force_level(level), torch.no_grad():
-            stakes = predictor.stakes(v, tiling)
-        torch.testing.assert_close(stakes.double(), predictor.stakes(v.double(), tiling), rtol=1e-5, atol=1e-5)
+            stakes = predictor.stakes(group_keys(v, v, blocks), tiling)
+        exact = predictor.stakes(group_keys(v.double(), v.double(), blocks), tiling)
+        torch.testing.assert_close(stakes.double(), exact, rtol=1e-5, atol=1e-5)
     tokens = tiling.tokens(q.device).long()
     tokens = torch.where(tokens >= 0, tokens, tokens[:, :1])
     weights = predictor.groups(q.double(), tiling)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner import Connectivity, Tail, Tiling, sparse_attention
-from sparsifiner.connectivity import pool_tail
 from sparsifiner.ops import BACKENDS, chunks, why_not
+from sparsifiner.tail import group_keys
 
 FAST = [name for name in BACKENDS if name != "reference"]
 
@@ -77,7 +77,7 @@ def make(
         drop = torch.rand(batch, heads, tiling.num_tiles, keys, generator=g) < 0.4
         entry_bias = torch.zeros(drop.shape).masked_fill(drop, float("-inf"))
     connectivity = Connectivity(tiling, order[..., :keys].to(torch.int32), entry_bias)
-    tail = pool_tail(k, v, connectivity, block) if block else None
+    tail = group_keys(k, v, tiling.regions(block), steps=seed % 2).tail(connectivity) if block else None
     columns = n + (tail.k.shape[2] if tail else 0)
     attn_bias = torch.randn(1, heads, n, columns, generator=g, dtype=torch.float64) if bias else None
     return Problem(q, k, v, connectivity, tail, attn_bias)
@@ -333,14 +333,15 @@ def test_16384_tokens_stay_under_4_gigabytes() -> None:
     script = """
         import torch
         from sparsifiner import SparsifinerConfig, Tiling, sparse_attention
-        from sparsifiner.connectivity import pool_tail
+        from sparsifiner.tail import group_keys
         from sparsifiner.predictors import build_predictor
         q, k, v = torch.randn(3, 1, 6, 16384, 64).unbind(0)
         tiling = Tiling((128, 128), (4, 4))
         predictor = build_predictor(SparsifinerConfig(), num_heads=6, head_dim=64, grid=(128, 128), num_prefix_tokens=0)
         with torch.inference_mode():
-            connectivity = predictor(q, k, v, tiling, 0.125)
-            out = sparse_attention(q, k, v, connectivity, tail=pool_tail(k, v, connectivity, (4, 4)), backend="gather")
+            groups = group_keys(k, v, tiling.regions((4, 4)), 2)
+            connectivity = predictor(q, k, v, tiling, 0.125, groups=groups)
+            out = sparse_attention(q, k, v, connectivity, tail=groups.tail(connectivity), backend="gather")
         assert out.isfinite().all()
         import resource
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -24,6 +24,7 @@ from sparsifiner.analysis.maps import attention_maps
 from sparsifiner.baselines import merge_tokens
 from sparsifiner.grid import PatchGrid
 from sparsifiner.models import from_reference
+from sparsifiner.pooling import count_unkept
 from sparsifiner.subset import SubsetTiling, z_order
 from sparsifiner.tokens import PruningBlock, is_pruned
 
@@ -173,7 +174,7 @@ def test_the_budget_stays_a_share_of_the_image_and_the_tail_counts_who_is_there(
     assert budgets == [1 + 13, 1 + 13, 1 + 13]  # ceil(0.2 * 64) of 64, 32 and 16 patches, and the class token
     connectivity = seen["blocks.1.attn"].connectivity
     blocks = connectivity.tiling.regions((4, 4))
-    dropped = sparsifiner.connectivity.tail_log_counts(connectivity, blocks).exp().sum(-1)
+    dropped = count_unkept(connectivity.indices, connectivity.bias, blocks).exp().sum(-1)
     torch.testing.assert_close(dropped, torch.full_like(dropped, 32 - 13.0))
 
 

@@ -168,7 +168,7 @@ struct Inputs {
 
   Bytes log_counts(int threads) const {
     Bytes out(static_cast<std::size_t>(4 * lists() * s.pooled));
-    sp::log_counts(indices.data(), masked ? bias.data() : nullptr, lists(), s.kept, grid,
+    sp::log_counts(indices.data(), masked ? bias.data() : nullptr, lists(), s.kept, grid, nullptr, s.tiles,
                    reinterpret_cast<float*>(out.data()), threads);
     return out;
   }
@@ -176,6 +176,22 @@ struct Inputs {
   Bytes distances(int threads) const {
     Bytes out(static_cast<std::size_t>(4 * s.batch * s.heads * s.tokens));
     sp::block_distances(part(2), dtype, s.batch, s.heads, s.width, grid, reinterpret_cast<float*>(out.data()), threads);
+    return out;
+  }
+
+  // Groups, means and distances, then the other means and the counts that rest on the groups.
+  Bytes patch_groups(int threads) const {
+    const int64_t heads = s.batch * s.heads, patches = grid.rows * grid.columns;
+    const std::size_t mean = static_cast<std::size_t>(element() * heads * s.pooled * s.width);
+    const std::size_t words = static_cast<std::size_t>(heads * (patches + s.tokens) + lists() * s.pooled);
+    Bytes out(2 * mean + 4 * words);
+    char* at = reinterpret_cast<char*>(out.data());
+    int32_t* member = reinterpret_cast<int32_t*>(at + 2 * mean);
+    float* distance = reinterpret_cast<float*>(member + heads * patches);
+    sp::group_patches({s.batch, s.heads, s.width, 2, dtype, part(2), grid, member, at, distance}, threads);
+    sp::pool_groups(part(1), dtype, s.batch, s.heads, s.width, grid, member, at + mean, threads);
+    sp::log_counts(indices.data(), masked ? bias.data() : nullptr, lists(), s.kept, grid, member, s.tiles,
+                   distance + heads * s.tokens, threads);
     return out;
   }
 
@@ -200,7 +216,7 @@ struct Check {
 constexpr Check checks[] = {{"attend", &Inputs::attend},         {"tile_keys", &Inputs::tile_keys},
                             {"screened_keys", &Inputs::screened_keys}, {"topk", &Inputs::topk},             {"group_queries", &Inputs::group_queries},
                             {"pool_blocks", &Inputs::pool},      {"log_counts", &Inputs::log_counts},
-                            {"distances", &Inputs::distances},   {"refusal", &Inputs::refuse}};
+                            {"distances", &Inputs::distances},   {"patch_groups", &Inputs::patch_groups}, {"refusal", &Inputs::refuse}};
 constexpr std::size_t kChecks = sizeof checks / sizeof checks[0];
 
 // Returns the number of calls made, or -1 if any result differed.

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 from . import methods, models
 from .analysis.flops import count_flops
 from .config import SparsifinerConfig
-from .connectivity import Connectivity, Tail
+from .connectivity import Connectivity
 from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
 from .ops import sparse_attention
 from .recording import record
 from .saving import from_pretrained, save_pretrained
+from .tail import Tail
 from .tiling import Tiling
 from .tokens import kept_patches, prune_tokens, token_pruning, unprune_tokens
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import SparsifinerConfig
-from .connectivity import Connectivity, pool_tail
+from .connectivity import Connectivity
 from .cost import sparse_pays
 from .grid import PatchGrid
 from .ops import sparse_attention
 from .predictors import Predictor, build_predictor
+from .tail import tail_groups
 from .tiling import Tiling
 
 
@@ -126,15 +127,15 @@ class SparseAttention(nn.Module):
         if self.runs_dense(q, tiling, attn_bias):
             self._observe(None, q, k, v, attn_bias)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=self.scale)
-        connectivity = self.predictor(q, k, v, tiling, self.scale, attn_bias)
+        groups = tail_groups(self.config, k, v, tiling, attn_bias)
+        connectivity = self.predictor(q, k, v, tiling, self.scale, attn_bias, groups)
         self._observe(connectivity, q, k, v, attn_bias)
         tail = None
-        if self.config.tail is not None:
-            tail = pool_tail(k, v, connectivity, self.config.tail, self.predictor.tail_offset)
+        if groups is not None:
+            tail = groups.tail(connectivity, self.predictor.tail_offset)
             if attn_bias is not None:
-                blocks = tiling.regions(self.config.tail)
                 patches = attn_bias[..., tiling.num_prefix_tokens :, None]
-                attn_bias = torch.cat([attn_bias, blocks.mean_patches(patches)[..., 0]], dim=-1)
+                attn_bias = torch.cat([attn_bias, groups.blocks.mean_patches(patches)[..., 0]], dim=-1)
         return sparse_attention(q, k, v, connectivity, tail=tail, attn_bias=attn_bias, scale=self.scale)
 
     def runs_dense(self, q: Tensor, tiling: Tiling, attn_bias: Tensor | None = None) -> bool:

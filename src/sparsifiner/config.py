@@ -35,6 +35,9 @@ class SparsifinerConfig:
             ``(1, 1)`` is the paper's per-token connectivity.
         tail: rows and columns of the patch blocks whose pooled key and value stand in for the keys
             that were not kept, or None to drop those keys as the paper does.
+        tail_refine: how often the patches of these blocks are regrouped by their values (Lloyd steps), each joining the
+            nearest mean of its own and the neighbouring blocks; 0 pools the blocks as they are. It takes no effect
+            with an attention bias.
         tail_offset: whether each head adds an offset of its own to the tail's logits, zero until ``calibrate`` or
             training fits it. A block's mean key draws less attention than its keys together (Jensen's
             inequality), how much less depends on the head.
@@ -74,6 +77,7 @@ class SparsifinerConfig:
     predictor: PredictorName = "pooled"
     query_tile: tuple[int, int] = (4, 4)
     tail: tuple[int, int] | None = (4, 4)
+    tail_refine: int = 2
     tail_offset: bool = False
     keep_prefix: bool = True
     query_pool: tuple[int, int] = (2, 2)
@@ -115,8 +119,8 @@ class SparsifinerConfig:
             number(name, getattr(self, name), least=1, whole=True, optional=name in ("n_down", "coef_topk"))
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise ValueError("coef_topk and coef_threshold exclude each other; set one of them to None")
-        for name in ("query_refine", "dense_below", "screen_from"):
-            number(name, getattr(self, name), least=0, whole=True, optional=name != "query_refine")
+        for name in ("query_refine", "tail_refine", "dense_below", "screen_from"):
+            number(name, getattr(self, name), least=0, whole=True, optional=name in ("dense_below", "screen_from"))
         number("seed", self.seed, whole=True)
         for name in ("basis_threshold", "coef_threshold", "score_threshold"):
             number(name, getattr(self, name), least=0, optional=name != "basis_threshold")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import cpu
 from .config import SparsifinerConfig
+from .grouping import grouping_macs
 from .tiling import Tiling
 
 # Sparse must be predicted to take less than this share of dense: the model of the cost is 15 to 25 % off.
@@ -21,24 +22,27 @@ class Costs:
     """What the native kernels cost, in units of a multiply-add of dense ``scaled_dot_product_attention``.
 
     Fitted by ``benchmarks/cost.py`` to interleaved measurements on 2 cores with AVX-512 and bfloat16
-    products; ratios of one CPU to itself, which carry over better than times.
+    products; ratios of one CPU to itself, which carry over better than times. ``regroup`` was measured by itself on
+    2 cores with AVX2.
 
     Args:
         attend: a multiply-add of the sparse operator.
         score: a multiply-add of the prediction, selection included.
         element: an element of q: pooling, grouping of queries, log-counts.
+        regroup: a multiply-add of regrouping the tail's patches.
         call: everything that does not depend on the size, per layer.
     """
 
     attend: float
     score: float
     element: float
+    regroup: float
     call: float
 
 
 _COSTS = {
-    torch.float32: Costs(attend=0.79, score=1.74, element=420.0, call=17e6),
-    torch.bfloat16: Costs(attend=0.35, score=0.97, element=340.0, call=11e6),
+    torch.float32: Costs(attend=0.79, score=1.74, element=420.0, regroup=10.8, call=17e6),
+    torch.bfloat16: Costs(attend=0.35, score=0.97, element=340.0, regroup=6.9, call=11e6),
 }
 
 
@@ -87,10 +91,16 @@ def predicted_share(
     costs = _COSTS[dtype]
     kept = math.ceil(config.keep_rate * (tiling.num_patches + tiling.num_missing))
     keys = min(kept, tiling.num_patches) + tiling.num_prefix_tokens
+    regroup_macs = 0
     if config.tail is not None:
-        keys += tiling.regions(config.tail).num_tiles
+        blocks = tiling.regions(config.tail)
+        keys += blocks.num_tiles
+        regroup_macs = heads * grouping_macs(blocks, width, config.tail_refine)
     lanes = math.ceil(tiling.tile_size / 16) * 16  # queries lie in the lanes of vectors of 16
     attend_macs = 2 * heads * width * tiling.num_tiles * lanes * keys
     elements = heads * width * tiling.num_tokens
-    sparse = batch * (costs.attend * attend_macs + costs.score * score_macs + costs.element * elements) + costs.call
+    per_image = (
+        costs.attend * attend_macs + costs.score * score_macs + costs.element * elements + costs.regroup * regroup_macs
+    )
+    sparse = batch * per_image + costs.call
     return sparse / (2 * batch * heads * width * tiling.num_tokens**2)

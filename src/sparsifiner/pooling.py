@@ -21,27 +21,31 @@ def pool_blocks(x: Tensor, blocks: Tiling) -> Tensor:
     return blocks.mean_patches(x[:, :, blocks.num_prefix_tokens :])
 
 
-def count_unkept(indices: Tensor, bias: Tensor | None, blocks: Tiling) -> Tensor:
+def count_unkept(indices: Tensor, bias: Tensor | None, blocks: Tiling, member: Tensor | None = None) -> Tensor:
     """Log of the number of keys per block that are not among the kept ones, float32 ``[B, H, T, P]``.
 
     Args:
         indices: token numbers of the kept keys, int32 ``[B, H, T, K]``.
         bias: ``[B, H, T, K]`` or None; entries whose bias is ``-inf`` are not kept.
         blocks: blocks of the patch grid, with the number of prefix tokens, which are in no block.
+        member: group of each patch, int32 ``[B, H, num_patches]``, where groups stand for the blocks they started as.
     """
     if cpu.why_missing() is None and indices.device.type == "cpu":
         bias = None if bias is None else bias.detach()
-        return native_count_unkept(indices, bias, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
+        return native_count_unkept(indices, bias, member, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
+    if member is None:
+        member = blocks.tile_of_patch(indices.device).expand(*indices.shape[:2], -1)
     # Prefix keys and padding are counted in an extra last column, which is cut off.
-    block_of_token = torch.nn.functional.pad(
-        blocks.tile_of_patch(indices.device), (blocks.num_prefix_tokens, 0), value=blocks.num_tiles
-    )
-    block = block_of_token[indices.long()]
+    block_of_token = torch.nn.functional.pad(member.long(), (blocks.num_prefix_tokens, 0), value=blocks.num_tiles)
+    block = block_of_token.gather(2, indices.flatten(2).long()).view(indices.shape)
     if bias is not None:
         block = block.masked_fill(bias == float("-inf"), blocks.num_tiles)
-    kept = torch.zeros(*indices.shape[:3], blocks.num_tiles + 1, device=indices.device)
-    kept.scatter_add_(-1, block, torch.ones_like(block, dtype=kept.dtype))
-    return (blocks.sizes(indices.device) - kept[..., :-1]).log()
+
+    def count(numbers: Tensor) -> Tensor:
+        zeros = torch.zeros(*numbers.shape[:-1], blocks.num_tiles + 1, device=numbers.device)
+        return zeros.scatter_add_(-1, numbers, torch.ones_like(numbers, dtype=zeros.dtype))[..., :-1]
+
+    return (count(member.long())[:, :, None] - count(block)).log()
 
 
 def distance_from_block(x: Tensor, blocks: Tiling) -> Tensor:
@@ -115,11 +119,20 @@ def _empty_blocks(x: Tensor, rows: int, columns: int, block_rows: int, block_col
 
 @torch.library.custom_op("sparsifiner::native_count_unkept", mutates_args=(), device_types="cpu")
 def native_count_unkept(
-    indices: Tensor, bias: Tensor | None, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int
+    indices: Tensor,
+    bias: Tensor | None,
+    member: Tensor | None,
+    rows: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    prefix: int,
 ) -> Tensor:
     """Log-counts ``[B, H, T, P]`` float32 of int32 indices ``[B, H, T, K]``."""
+    if member is not None and member.shape != (*indices.shape[:2], rows * columns):
+        raise ValueError(f"member must have shape [B, H, {rows * columns}], got {list(member.shape)}")
     out = _empty_counts(indices, rows, columns, block_rows, block_columns)
-    indices, bias = indices.contiguous(), cpu.plain(bias, torch.float32)
+    indices, bias, member = indices.contiguous(), cpu.plain(bias, torch.float32), cpu.plain(member, torch.int32)
     kept = indices.shape[-1]
     cpu._native.log_counts(
         indices.data_ptr(),
@@ -127,6 +140,8 @@ def native_count_unkept(
         indices.numel() // max(1, kept),
         kept,
         (prefix, rows, columns, block_rows, block_columns),
+        cpu.address(member),
+        max(1, indices.shape[2]),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -135,7 +150,14 @@ def native_count_unkept(
 
 @native_count_unkept.register_fake
 def _(
-    indices: Tensor, bias: Tensor | None, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int
+    indices: Tensor,
+    bias: Tensor | None,
+    member: Tensor | None,
+    rows: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    prefix: int,
 ) -> Tensor:
     return _empty_counts(indices, rows, columns, block_rows, block_columns)
 

@@ -26,8 +26,9 @@ from .tokens import TokenPruning, is_pruned, prune_tokens, token_pruning
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
-FORMAT = 3
-"""Written; format 1, which knew no token pruning, and format 2, which knew no baselines, are read as well."""
+FORMAT = 4
+"""Written; 1, which knew no token pruning, 2, which knew no baselines, and 3, whose tails pooled whole blocks, are read
+as well."""
 _SWITCHES = (
     "training", "grad_checkpointing", "fused_attn", "aug_active", "distilled_training", "token_labels", "mix_token",
 )  # fmt: skip
@@ -304,6 +305,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format {settings['format']}, this version reads 1 to {FORMAT}; update sparsifiner"
         )
+    if settings["format"] < 4 and isinstance(settings["config"], dict):
+        settings["config"].setdefault("tail_refine", 0)
     return settings
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
-from ..connectivity import pool_tail
+from ..connectivity import Connectivity
 from ..convert import sparsify
 from ..ops import sparse_attention
 from ..predictors import build_predictor
+from ..tail import KeyGroups, Tail, tail_groups
 from ..tiling import Tiling
 from .latency import Progress, interleave_all
 
@@ -126,23 +127,28 @@ def _operator_work(
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(batch, tiling.num_tokens, 3, heads, head_dim, generator=generator).to(dtype)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    scale, block = head_dim**-0.5, config.tail
+    scale = head_dim**-0.5
+
+    def tail_of(groups: KeyGroups | None, keys: Connectivity) -> Tail | None:
+        return None if groups is None else groups.tail(keys)
+
     with torch.inference_mode():
-        chosen = predictor(q, k, v, tiling, scale)
-        pooled = None if block is None else pool_tail(k, v, chosen, block)
+        groups = tail_groups(config, k, v, tiling)
+        chosen = predictor(q, k, v, tiling, scale, groups=groups)
+        pooled = tail_of(groups, chosen)
 
     def layer() -> Tensor:
-        keys = predictor(q, k, v, tiling, scale)
-        tail = None if block is None else pool_tail(k, v, keys, block)
-        return sparse_attention(q, k, v, keys, tail=tail, scale=scale)
+        groups = tail_groups(config, k, v, tiling)
+        keys = predictor(q, k, v, tiling, scale, groups=groups)
+        return sparse_attention(q, k, v, keys, tail=tail_of(groups, keys), scale=scale)
 
     work: dict[str, Callable[[], object]] = {
         "dense": lambda: F.scaled_dot_product_attention(q, k, v, scale=scale),
         "operator": lambda: sparse_attention(q, k, v, chosen, tail=pooled, scale=scale),
-        "predict and select": lambda: predictor(q, k, v, tiling, scale),
+        "predict and select": lambda: predictor(q, k, v, tiling, scale, groups=groups),
     }
-    if block is not None:
-        work["pool the tail"] = lambda: pool_tail(k, v, chosen, block)
+    if groups is not None:
+        work["pool the tail"] = lambda: tail_of(tail_groups(config, k, v, tiling), chosen)
     return {**work, "layer": layer}
 
 

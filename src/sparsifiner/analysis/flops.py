@@ -15,6 +15,7 @@ from ..adapters import find_adapter
 from ..adapters.refused import CHEAP
 from ..adapters.scored import ScoredAttention, SparseScoredAttention
 from ..attention import LayerRecord, SparseAttention
+from ..grouping import grouping_macs
 from ..predictors import LowRankPredictor, Predictor
 from ..recording import record
 from ..tiling import Tiling
@@ -243,8 +244,10 @@ def _layer(
     density = connectivity.density()
     tail = 0
     if config.tail is not None:
-        pooled = tiling.regions(config.tail).num_tiles
-        tail = 2 * heads * width * (tiling.num_patches * pooled + tiling.num_patches)
+        blocks = tiling.regions(config.tail)
+        tail = 2 * heads * width * (tiling.num_patches * blocks.num_tiles + tiling.num_patches)
+        if not attention.takes_bias:
+            tail += heads * grouping_macs(blocks, width, config.tail_refine)
     predictor, in_paper = _predictor_terms(attention.predictor, counts, f"{name}.predictor", heads, width, tiling)
     return LayerFlops(
         name=name,

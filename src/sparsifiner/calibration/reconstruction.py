@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pooling import pool_blocks
 from ..predictors import LowRankPredictor
+from ..tail import KeyGroups, tail_groups
 from ..tiling import Tiling
 
 WEIGHT = 0.01
@@ -55,15 +55,14 @@ def reconstruction_loss(
     coef = predictor.coefficients_of(predictor.q_proj(q[:, :, rows]), predictor.k_proj(k), tiling)
     score = merged(coef) @ predictor.basis(tiling)[..., first:, :].mT
     bias = None if attn_bias is None else attn_bias[:, :, rows].to(q.dtype)
-    stakes = predictor.stakes(v, tiling) if predictor.config.score_threshold is None else None
+    groups = tail_groups(predictor.config, k, v, tiling, attn_bias)
+    stakes = predictor.stakes(groups, tiling)
     with torch.no_grad():
-        if stakes is None:
+        if stakes is None or groups is None:
             target = dense_attention_weights(q[:, :, rows], k, scale, bias)[..., first:]
         else:
-            assert predictor.config.tail is not None
-            blocks = tiling.regions(predictor.config.tail)
             unit = stakes.mean(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-            misses = tail_misses(q[:, :, rows], k, v, blocks, scale, bias)[..., first:]
+            misses = tail_misses(q[:, :, rows], k, v, groups, scale, bias)[..., first:]
             target, stakes = misses / unit[:, :, None], stakes / unit
         target = merged(target)
     if stakes is not None:
@@ -77,30 +76,30 @@ def dense_attention_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | N
     return (logits if bias is None else logits + bias).softmax(-1)
 
 
-def tail_misses(q: Tensor, k: Tensor, v: Tensor, blocks: Tiling, scale: float, bias: Tensor | None = None) -> Tensor:
+def tail_misses(q: Tensor, k: Tensor, v: Tensor, groups: KeyGroups, scale: float, bias: Tensor | None = None) -> Tensor:
     """How wrong the output gets where the tail stands in for a key, ``[B, H, Q, N]``.
 
     ``|a - a_pooled| * |v_pooled| + a * |v - v_pooled|`` with ``a`` the dense attention and ``a_pooled`` what the
-    block's mean key draws instead. Prefix tokens are in no block: losing one costs ``a * |v|``.
+    group's mean key draws instead. Prefix tokens are in no group: losing one costs ``a * |v|``.
 
     Args:
         q: some queries ``[B, H, Q, D]``.
         k: all keys ``[B, H, N, D]``.
         v: all values ``[B, H, N, D]``.
-        blocks: the tail's blocks, with the number of prefix tokens.
+        groups: of the tail.
         scale: factor on the logits.
         bias: added to the logits, ``[1 or B, 1 or H, Q, N]``, or None.
     """
     logits = q @ k.mT * scale
-    pooled = q @ pool_blocks(k, blocks).mT * scale
-    prefix = blocks.num_prefix_tokens
+    pooled = q @ groups.k.mT * scale
+    prefix = groups.blocks.num_prefix_tokens
     if bias is not None:
         logits = logits + bias
-        pooled = pooled + blocks.mean_patches(bias[..., prefix:, None])[..., 0]
+        pooled = pooled + groups.blocks.mean_patches(bias[..., prefix:, None])[..., 0]
     total = logits.logsumexp(-1, keepdim=True)
     attention = (logits - total).exp()
-    block = blocks.tile_of_patch(q.device)
-    stand_in = torch.nn.functional.pad((pooled - total).exp()[..., block], (prefix, 0))
-    mean_value = torch.nn.functional.pad(pool_blocks(v, blocks)[:, :, block], (0, 0, prefix, 0))
+    drawn = groups.of_patches((pooled - total).exp().mT).mT
+    stand_in = torch.nn.functional.pad(drawn, (prefix, 0))
+    mean_value = torch.nn.functional.pad(groups.of_patches(groups.v), (0, 0, prefix, 0))
     distance = (v - mean_value).norm(dim=-1)[:, :, None]
     return (attention - stand_in).abs() * mean_value.norm(dim=-1)[:, :, None] + attention * distance

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import SparseAttention
-from ..connectivity import Connectivity, Tail, pool_tail
+from ..connectivity import Connectivity
+from ..tail import Tail, tail_groups
 from ..tiling import Tiling
 
 OFFSETS = torch.linspace(-1.0, 2.0, 31)
@@ -37,9 +38,12 @@ def offset_errors(
     """
     assert layer.config.tail is not None
     tiling = layer.tiling(q.shape[2])
-    connectivity = layer.predictor(q, k, v, tiling, layer.scale, attn_bias)
+    groups = tail_groups(layer.config, k, v, tiling, attn_bias)
+    assert groups is not None
+    connectivity = layer.predictor(q, k, v, tiling, layer.scale, attn_bias, groups)
     q, k, v = q.float(), k.float(), v.float()
-    tail = pool_tail(k, v, connectivity, layer.config.tail)
+    tail = groups.tail(connectivity)
+    tail = Tail(tail.k.float(), tail.v.float(), tail.bias)
     attn_bias = None if attn_bias is None else attn_bias.float()
     errors = torch.zeros(q.shape[1], len(OFFSETS), dtype=torch.float64)
     size = torch.zeros(q.shape[1], dtype=torch.float64)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..connectivity import Connectivity, Tail
+from ..connectivity import Connectivity
+from ..tail import Tail
 from . import native
 from .gather import gather_attention
 from .reference import reference_attention

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..connectivity import Connectivity, Tail
+from ..connectivity import Connectivity
+from ..tail import Tail
 from .arguments import empty_output, tensor_arguments
 
 

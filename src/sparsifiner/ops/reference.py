@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..connectivity import Connectivity, Tail
+from ..connectivity import Connectivity
+from ..tail import Tail
 from .arguments import check_indices
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
 from ..connectivity import Connectivity
-from ..pooling import distance_from_block
 from ..selection import top_keys
+from ..tail import KeyGroups, tail_groups
 from ..tiling import Tiling
 
 # Scores held at once; 16,384 tokens in 4x4 tiles would otherwise need 1.6 GB per layer.
@@ -44,9 +44,9 @@ class Predictor(nn.Module):
 
     @abstractmethod
     def tile_scores(
-        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
+        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
-        """A function that scores a range of tiles, and the bytes it needs per tile."""
+        """A function that scores a range of tiles, and the bytes it needs per tile; ``stakes`` are :meth:`stakes`."""
 
     @abstractmethod
     def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
@@ -54,7 +54,14 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiling: Tiling,
+        scale: float,
+        attn_bias: Tensor | None = None,
+        groups: KeyGroups | None = None,
     ) -> Connectivity:
         """The keys to keep.
 
@@ -65,8 +72,17 @@ class Predictor(nn.Module):
             tiling: which queries form a tile.
             scale: factor on the attention logits.
             attn_bias: added to the attention logits, ``[1 or B, 1 or H, N, N]``, or None.
+            groups: of the tail, from :func:`tail_groups`; made here if None.
         """
-        scores, bytes_per_tile = self.tile_scores(q, k, v, tiling, scale, attn_bias)
+        if groups is None:
+            groups = tail_groups(self.config, k, v, tiling, attn_bias)
+        return self.choose(q, k, self.stakes(groups, tiling), tiling, scale, attn_bias)
+
+    def choose(
+        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
+    ) -> Connectivity:
+        """The keys to keep, given what losing each would cost; other arguments as in :meth:`forward`."""
+        scores, bytes_per_tile = self.tile_scores(q, k, stakes, tiling, scale, attn_bias)
         step = max(1, CHUNK_BYTES // max(1, bytes_per_tile))
         ranges = [(start, min(start + step, tiling.num_tiles)) for start in range(0, tiling.num_tiles, step)]
         return self.select(scores, ranges, tiling)
@@ -101,8 +117,6 @@ class Predictor(nn.Module):
         prefix = torch.arange(first, dtype=torch.int32, device=candidates.device)
         return torch.cat([prefix.expand(*candidates.shape[:3], first), candidates + first], dim=-1)
 
-    def stakes(self, v: Tensor, tiling: Tiling) -> Tensor | None:
-        """Distance of each candidate's value from its tail block's mean, ``[B, H, candidates]``."""
-        if self.config.tail is None:
-            return None
-        return distance_from_block(v, tiling.regions(self.config.tail))[:, :, self.first_candidate(tiling) :]
+    def stakes(self, groups: KeyGroups | None, tiling: Tiling) -> Tensor | None:
+        """Distance of each candidate's value from the mean that would stand in for it, ``[B, H, candidates]``."""
+        return None if groups is None else groups.distance[:, :, self.first_candidate(tiling) :]

@@ -23,7 +23,7 @@ class _FixedPattern(Predictor):
         """
 
     def tile_scores(
-        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
+        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
         batch, heads, _, _ = q.shape
         competing = tiling.num_prefix_tokens - self.first_candidate(tiling)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config import SparsifinerConfig
 from ..connectivity import Connectivity
 from ..subset import SubsetTiling
+from ..tail import KeyGroups
 from ..tiling import Tiling
 from .base import Predictor, TileScores
 
@@ -117,14 +118,12 @@ class LowRankPredictor(Predictor):
         return self.coefficients(q, k, tiling) @ self.basis(tiling).mT
 
     def tile_scores(
-        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
+        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
         coef = self.coefficients(q, k, tiling)
         coef = tiling.max_patches(coef) if self.config.reduction == "max" else tiling.sum_patches(coef)
         basis = self.basis(tiling)[..., self.first_candidate(tiling) :, :].mT
         batch, heads, num_tokens, _ = q.shape
-        # A threshold on the scores is one on estimated attention, as in the paper.
-        stakes = self.stakes(v, tiling) if self.config.score_threshold is None else None
         weights_of_keys = None if stakes is None else stakes[:, :, None].to(coef.dtype)
 
         def scores(start: int, stop: int) -> Tensor:
@@ -132,6 +131,10 @@ class LowRankPredictor(Predictor):
             return attention if weights_of_keys is None else attention * weights_of_keys
 
         return scores, 2 * batch * heads * num_tokens * q.element_size()
+
+    def stakes(self, groups: KeyGroups | None, tiling: Tiling) -> Tensor | None:
+        """None with a threshold on the scores, which is one on estimated attention, as in the paper."""
+        return None if self.config.score_threshold is not None else super().stakes(groups, tiling)
 
     def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
         width, n_down = self.q_proj.out_features, self.w_down.shape[1]

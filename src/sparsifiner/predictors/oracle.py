@@ -13,7 +13,7 @@ class OraclePredictor(Predictor):
     """Dense attention of every query, summed over its tile. Costs as much as what it would save."""
 
     def tile_scores(
-        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
+        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
         first = self.first_candidate(tiling)
         tokens = tiling.tokens(q.device).long()

@@ -26,14 +26,13 @@ class PooledPredictor(Predictor):
     """
 
     def tile_scores(
-        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None
+        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> tuple[TileScores, int]:
         first = self.first_candidate(tiling)
         groups = self.groups(q, tiling)  # [B, H, T, G, S]
         tokens = _tile_tokens(tiling, q.device)
         pooled = groups @ _tile_queries(q, tokens) * scale  # [B, H, T, G, D]
         candidates = k[:, :, first:].transpose(-1, -2)
-        stakes = self.stakes(v, tiling)
         weights_of_keys = None if stakes is None else stakes[:, :, None]
         num_blocks = None if attn_bias is not None else self.num_screened_blocks(tiling)
         screening = None if num_blocks is None else Screening.of(k, stakes, tiling, num_blocks)
@@ -66,17 +65,16 @@ class PooledPredictor(Predictor):
             keys = blocks.num_tiles + num_blocks * blocks.tile_size
         return num_heads * head_dim * tiling.num_tiles * groups * keys
 
-    @torch.no_grad()
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, attn_bias: Tensor | None = None
+    def choose(
+        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> Connectivity:
         blocks = Tiling(tiling.tile, self.group_block(tiling))
         if attn_bias is not None or why_not_tile_keys(q, blocks.num_tiles) is not None:
-            return super().forward(q, k, v, tiling, scale, attn_bias)
+            return super().choose(q, k, stakes, tiling, scale, attn_bias)
         tokens, group_of = tiling.tokens(q.device), blocks.tile_of_patch(q.device).to(torch.int32)
         pooled = native_group_queries(q, tokens, group_of, blocks.num_tiles, self.config.query_refine)
         first, count, num_blocks = self.first_candidate(tiling), self.num_keep(tiling), self.num_screened_blocks(tiling)
-        stakes, by_sum = self.stakes(v, tiling), self.config.reduction == "sum"
+        by_sum = self.config.reduction == "sum"
         if num_blocks is None:
             return Connectivity(tiling, native_tile_keys(pooled, k, stakes, first, count, scale, by_sum))
         shape = (*tiling.grid, *screening_blocks(tiling).tile)

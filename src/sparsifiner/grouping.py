@@ -1,0 +1,185 @@
+"""Groups of patches with like values: blocks of the grid whose borders have moved to where the image changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .tiling import Tiling
+
+
+def group_patches(x: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of patches with like rows of ``x``, by a few steps of Lloyd's algorithm that start at the blocks.
+
+    In each step every patch joins, of its own block's group and those around it (3x3), the one with the nearest mean,
+    and the means are taken anew, as superpixels are made (Achanta et al., SLIC, 2012). A group that lost all its
+    patches keeps its mean and can win some back. No gradient flows through the choice of groups.
+
+    Args:
+        x: tokens ``[B, H, N, D]``, prefix tokens first.
+        blocks: the blocks, with the number of prefix tokens, which are in no group.
+        steps: how often patches are regrouped, at least 1.
+
+    Returns:
+        The group of each patch, int32 ``[B, H, num_patches]``; the mean of each group ``[B, H, P, D]``, differentiable
+        where torch computes it; and the distance of each token from the mean of its group, of prefix tokens from zero,
+        ``[B, H, N]``.
+    """
+    if _serves(x):
+        return native_group_patches(x, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens, steps)
+    prefix, patches = x[:, :, : blocks.num_prefix_tokens], x[:, :, blocks.num_prefix_tokens :]
+    with torch.no_grad():
+        member, centres = _lloyd(patches.to(torch.promote_types(x.dtype, torch.float32)), blocks, steps)
+    means = _means(patches, member, centres).to(x.dtype)
+    with torch.no_grad():
+        own_mean = means.gather(2, _rows(member, patches))
+        distance = torch.cat([prefix, patches - own_mean], dim=2).norm(dim=-1)
+    return member.to(torch.int32), means, distance
+
+
+def pool_groups(x: Tensor, member: Tensor, blocks: Tiling) -> Tensor:
+    """Mean of the patches of ``x`` ``[B, H, N, D]`` over each group: ``[B, H, P, D]``; zeros for a group without any.
+
+    Args:
+        x: tokens, prefix tokens first; differentiable where torch computes it.
+        member: group of each patch, from :func:`group_patches`.
+        blocks: the blocks that the groups started as.
+    """
+    if _serves(x):
+        return native_pool_groups(x, member, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
+    patches = x[:, :, blocks.num_prefix_tokens :]
+    empty = x.new_zeros((*x.shape[:2], blocks.num_tiles, x.shape[3]))
+    return _means(patches, member.long(), empty).to(x.dtype)
+
+
+def blocks_around(blocks: Tiling, device: torch.device) -> Tensor:
+    """Numbers of the up to 3x3 blocks around each block, itself included, int64 ``[P, 9]``; -1 beyond the border."""
+    rows, columns = blocks.shape
+    step = torch.arange(-1, 2, device=device)
+    y = (torch.arange(rows, device=device)[:, None] + step)[:, None, :, None]
+    x = (torch.arange(columns, device=device)[:, None] + step)[None, :, None, :]
+    inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
+    return torch.where(inside, y * columns + x, -1).reshape(rows * columns, 9)
+
+
+def grouping_macs(blocks: Tiling, width: int, steps: int) -> int:
+    """Multiply-adds of one head: the means of the groups, and in each step a mean and a product per group around."""
+    rows, columns = blocks.shape
+    pairs = 0
+    for row in range(rows):
+        height = min(blocks.tile[0], blocks.grid[0] - row * blocks.tile[0])
+        around_rows = min(rows - 1, row + 1) - max(0, row - 1) + 1
+        for column in range(columns):
+            breadth = min(blocks.tile[1], blocks.grid[1] - column * blocks.tile[1])
+            pairs += height * breadth * around_rows * (min(columns - 1, column + 1) - max(0, column - 1) + 1)
+    return width * steps * (pairs + blocks.num_patches)
+
+
+def _serves(x: Tensor) -> bool:
+    return cpu.why_not(x) is None and cpu.why_not_width(x.shape[-1]) is None and not cpu.needs_gradients(x)
+
+
+def _lloyd(patches: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor]:
+    """Group of each patch, int64 ``[B, H, n]``, and the means ``[B, H, P, D]`` the last step started from."""
+    own = blocks.tile_of_patch(patches.device)
+    around = blocks_around(blocks, patches.device)[own]  # [n, 9]
+    centres = blocks.mean_patches(patches)
+    member = own.expand(patches.shape[:3])
+    for step in range(steps):
+        if step:
+            centres = _means(patches, member, centres)
+        half = centres.square().sum(-1) / 2
+        best = patches.new_full(patches.shape[:3], float("-inf"))
+        for candidate in around.unbind(1):  # one at a time, or there would be nine copies of the patches
+            number = candidate.clamp(min=0)
+            # |x - c|^2 without the part that is the same for all groups, negated and halved.
+            near = (patches * centres[:, :, number]).sum(-1) - half[:, :, number]
+            nearer = (near > best) & (candidate >= 0)
+            best = torch.where(nearer, near, best)
+            member = torch.where(nearer, number, member)
+    return member, centres
+
+
+def _means(patches: Tensor, member: Tensor, empty: Tensor) -> Tensor:
+    """Mean of each group, at least float32; ``empty`` ``[B, H, P, D]`` where a group has no patches."""
+    dtype = torch.promote_types(patches.dtype, torch.float32)
+    sums = torch.zeros(empty.shape, dtype=dtype, device=patches.device)
+    sums = sums.scatter_add(2, _rows(member, patches), patches.to(dtype))
+    counts = sums.new_zeros(sums.shape[:3]).scatter_add_(2, member, sums.new_ones(1).expand(member.shape))[..., None]
+    return torch.where(counts > 0, sums / counts.clamp(min=1), empty.to(dtype))
+
+
+def _rows(member: Tensor, patches: Tensor) -> Tensor:
+    return member[..., None].expand(patches.shape)
+
+
+@torch.library.custom_op("sparsifiner::native_group_patches", mutates_args=(), device_types="cpu")
+def native_group_patches(
+    x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`group_patches` of ``[B, H, prefix + rows * columns, D]``; distances are float32."""
+    member, means, distances = _empty(x, rows, columns, block_rows, block_columns)
+    _check_tokens(x, rows, columns, prefix)
+    x = cpu.readable_rows(x)
+    cpu._native.group_patches(
+        (*x.shape[:2], x.shape[3], steps),
+        x.dtype == torch.bfloat16,
+        cpu.rows(x),
+        (prefix, rows, columns, block_rows, block_columns),
+        member.data_ptr(),
+        means.data_ptr(),
+        distances.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return member, means, distances
+
+
+@native_group_patches.register_fake
+def _(
+    x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, rows, columns, block_rows, block_columns)
+
+
+@torch.library.custom_op("sparsifiner::native_pool_groups", mutates_args=(), device_types="cpu")
+def native_pool_groups(
+    x: Tensor, member: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int
+) -> Tensor:
+    """:func:`pool_groups` of ``[B, H, prefix + rows * columns, D]``."""
+    _, means, _ = _empty(x, rows, columns, block_rows, block_columns)
+    _check_tokens(x, rows, columns, prefix)
+    if member.dtype != torch.int32 or member.shape != (*x.shape[:2], rows * columns):
+        raise ValueError(f"member must be int32 [B, H, {rows * columns}], got {member.dtype} {list(member.shape)}")
+    x, member = cpu.readable_rows(x), member.contiguous()
+    cpu._native.pool_groups(
+        cpu.rows(x),
+        x.dtype == torch.bfloat16,
+        *x.shape[:2],
+        x.shape[3],
+        (prefix, rows, columns, block_rows, block_columns),
+        member.data_ptr(),
+        means.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return means
+
+
+@native_pool_groups.register_fake
+def _(x: Tensor, member: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int) -> Tensor:
+    return _empty(x, rows, columns, block_rows, block_columns)[1]
+
+
+def _check_tokens(x: Tensor, rows: int, columns: int, prefix: int) -> None:
+    if x.shape[2] != prefix + rows * columns:
+        raise ValueError(f"x must have {prefix + rows * columns} tokens, got {list(x.shape)}")
+
+
+def _empty(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, num_tokens, width = x.shape
+    groups = -(-rows // block_rows) * -(-columns // block_columns)
+    return (
+        x.new_empty((batch, heads, rows * columns), dtype=torch.int32),
+        x.new_empty((batch, heads, groups, width)),
+        x.new_empty((batch, heads, num_tokens), dtype=torch.float32),
+    )
