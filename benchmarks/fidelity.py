@@ -38,6 +38,9 @@ SETTINGS = {
     "oracle (attention mass), keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="oracle"),
     "local window, keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="local"),
 }
+WHOLE_BLOCKS = {
+    f"tail of whole blocks, keep {rate}": SparsifinerConfig(keep_rate=rate, tail_refine=0) for rate in (0.05, 0.1, 0.25)
+}
 SCREENING = {
     f"every key scored, keep {rate}": SparsifinerConfig(keep_rate=rate, screen_from=None) for rate in (0.05, 0.1)
 }
@@ -49,7 +52,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--size", type=int, default=504, help="pixels, shorter side resized and centre cropped")
     parser.add_argument("--every", type=int, default=1, help="take each N-th photograph only")
-    parser.add_argument("--only", nargs="+", choices=[*SETTINGS, *SCREENING], default=list(SETTINGS))
+    parser.add_argument(
+        "--only", nargs="+", choices=[*SETTINGS, *WHOLE_BLOCKS, *SCREENING], default=[*SETTINGS, *WHOLE_BLOCKS]
+    )
     arguments = parser.parse_args()
     size = (arguments.size, arguments.size)
     model = load_model("builtin", img_size=size)
@@ -60,7 +65,7 @@ def main() -> None:
     for name in arguments.only:
         if name in results:
             continue
-        sparse = sparsify(model, {**SETTINGS, **SCREENING}[name])
+        sparse = sparsify(model, {**SETTINGS, **WHOLE_BLOCKS, **SCREENING}[name])
         with always_sparse(sparse):  # at small sizes and without native kernels, too
             fidelity = measure_fidelity(model, sparse, track(images, name), [photo.name for photo in photos])
         terms = ("patch_l2", "patch_cosine", "class_l2", "class_cosine")

@@ -33,25 +33,32 @@ struct Buffers {
 constexpr int kMaxLanes = 64;
 constexpr int kPadding = 16;
 
+// Hands out parts of scratch, each at whole cache lines; from a null base it counts their bytes.
+struct Cutter {
+  char* base;
+  std::size_t used = 0;
+  template <class T>
+  T* take(std::size_t count) {
+    T* start = reinterpret_cast<T*>(base + used);
+    used += (count * sizeof(T) + 63) / 64 * 64;
+    return start;
+  }
+};
+
 // Cuts scratch for chunks of `chunk` keys into the buffers; returns the bytes they take.
 inline std::size_t layout(int width, int chunk, char* base, Buffers* b) {
-  std::size_t used = 0;
-  auto take = [&](std::size_t words) {
-    char* start = base + used;
-    used += (words * 4 + 63) / 64 * 64;
-    return start;
-  };
+  Cutter memory{base};
   const std::size_t lanes = kMaxLanes, w = static_cast<std::size_t>(width), c = static_cast<std::size_t>(chunk);
-  b->q = reinterpret_cast<uint32_t*>(take(w * lanes));
-  b->logits = reinterpret_cast<float*>(take((c + kPadding) * lanes));
-  b->weights = reinterpret_cast<uint32_t*>(take(c / 2 * lanes));
-  b->out = reinterpret_cast<float*>(take(w * lanes));
-  b->k = reinterpret_cast<uint32_t*>(take(c * w));
-  b->v = reinterpret_cast<uint32_t*>(take(c * w));
-  b->row = reinterpret_cast<float*>(take(w));
-  b->max = reinterpret_cast<float*>(take(lanes));
-  b->sum = reinterpret_cast<float*>(take(lanes));
-  return used;
+  b->q = memory.take<uint32_t>(w * lanes);
+  b->logits = memory.take<float>((c + kPadding) * lanes);
+  b->weights = memory.take<uint32_t>(c / 2 * lanes);
+  b->out = memory.take<float>(w * lanes);
+  b->k = memory.take<uint32_t>(c * w);
+  b->v = memory.take<uint32_t>(c * w);
+  b->row = memory.take<float>(w);
+  b->max = memory.take<float>(lanes);
+  b->sum = memory.take<float>(lanes);
+  return memory.used;
 }
 
 inline float from_bits(uint32_t bits) {

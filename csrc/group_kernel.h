@@ -23,25 +23,14 @@ struct GroupBuffers {
   int32_t* count;  // [G]
 };
 
-// Hands out parts of scratch, each at whole cache lines; without memory it counts their bytes.
-struct Cutter {
-  char* base;
-  std::size_t used = 0;
-  template <class T>
-  T* take(int count) {
-    T* start = reinterpret_cast<T*>(base + used);
-    used += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return start;
-  }
-};
-
 template <class V>
 inline void cut(Cutter& memory, int count, int width, int centres, NearestBuffers* b) {
-  const int padded = whole_vectors<V>(count);
-  b->rows = memory.take<float>(count * width);
-  b->lanes = memory.take<float>(width * padded);
-  b->centres = memory.take<const float*>(centres);
-  b->nearness = memory.take<float>(centres * padded);
+  const std::size_t rows = static_cast<std::size_t>(count), padded = static_cast<std::size_t>(whole_vectors<V>(count));
+  const std::size_t w = static_cast<std::size_t>(width), groups = static_cast<std::size_t>(centres);
+  b->rows = memory.take<float>(rows * w);
+  b->lanes = memory.take<float>(w * padded);
+  b->centres = memory.take<const float*>(groups);
+  b->nearness = memory.take<float>(groups * padded);
   b->top = memory.take<float>(padded);
   b->member = memory.take<int32_t>(padded);
 }
@@ -51,9 +40,10 @@ template <class V>
 inline std::size_t group_layout(const GroupTask& t, char* base, GroupBuffers* b) {
   Cutter memory{base};
   cut<V>(memory, t.queries, t.width, t.groups, &b->nearest);
-  b->centre = memory.take<float>(t.groups * t.width);
-  b->sum = memory.take<float>(t.groups * t.width);
-  b->count = memory.take<int32_t>(t.groups);
+  const std::size_t groups = static_cast<std::size_t>(t.groups), words = groups * static_cast<std::size_t>(t.width);
+  b->centre = memory.take<float>(words);
+  b->sum = memory.take<float>(words);
+  b->count = memory.take<int32_t>(groups);
   return memory.used;
 }
 

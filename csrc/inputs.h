@@ -1,8 +1,9 @@
-// What every function of the core asks of its inputs.
+// What the functions of the core ask of their inputs, and where patches lie.
 #pragma once
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "sparsifiner.h"
 
@@ -13,6 +14,16 @@ inline int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 
 inline void check_width(int64_t width) {
   if (width < 16 || width > 128 || width % 16 != 0)
     throw std::invalid_argument("head width must be a multiple of 16 from 16 to 128, got " + std::to_string(width));
+}
+
+// Block number of each token; prefix tokens lie in an extra last block.
+inline std::vector<int32_t> block_of_token(const BlockGrid& grid) {
+  std::vector<int32_t> block(grid.prefix, static_cast<int32_t>(grid.blocks()));
+  block.reserve(grid.prefix + grid.rows * grid.columns);
+  for (int64_t y = 0; y < grid.rows; ++y)
+    for (int64_t x = 0; x < grid.columns; ++x)
+      block.push_back(static_cast<int32_t>(y / grid.block_rows * grid.horizontal() + x / grid.block_columns));
+  return block;
 }
 
 }  // namespace sparsifiner

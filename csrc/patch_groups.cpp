@@ -97,10 +97,9 @@ void group_patches(const PatchGroups& p, int threads) {
   const int64_t blocks = grid.blocks(), patches = in.patches(), tokens = grid.prefix + patches;
   const Memory memory = allocate(p.batch * p.heads * blocks * p.width * static_cast<int64_t>(sizeof(float)));
   float* means = reinterpret_cast<float*>(memory.get());
+  const std::vector<int32_t> block = block_of_token(grid);
   for (int64_t list = 0; list < p.batch * p.heads; ++list)
-    for (int64_t patch = 0; patch < patches; ++patch)
-      p.member[list * patches + patch] = static_cast<int32_t>(
-          patch / grid.columns / grid.block_rows * grid.horizontal() + patch % grid.columns / grid.block_columns);
+    std::copy(block.begin() + grid.prefix, block.end(), p.member + list * patches);
   const auto take_means = [&] {
     sum_groups(in, p.member, threads, [&](int64_t group, const float* sum, int32_t count) {
       if (count > 0) kernel.store_row(sum, 1.0f / static_cast<float>(count), p.width, DType::float32, means + group * p.width);

@@ -46,18 +46,13 @@ inline std::size_t score_layout(const ScoreTask& t, int multiple, char* base, Sc
   const int padded = (t.tiles * t.members + multiple - 1) / multiple * multiple;
   b->columns = score_columns(t, kKeyBlock<V>);
   const std::size_t columns = static_cast<std::size_t>(b->columns), queries = static_cast<std::size_t>(padded);
-  std::size_t used = 0;
-  auto take = [&](std::size_t words) {
-    char* start = base + used;
-    used += (words * 4 + 63) / 64 * 64;
-    return start;
-  };
-  b->logits = reinterpret_cast<float*>(take(queries * columns));
-  b->merged = reinterpret_cast<float*>(take(columns));
-  b->rows = reinterpret_cast<uint32_t*>(take(queries * static_cast<std::size_t>(t.width)));
-  b->weights = reinterpret_cast<float*>(take(columns));
-  b->topk = base + used;
-  return used + topk_scratch(t.candidates);
+  Cutter memory{base};
+  b->logits = memory.take<float>(queries * columns);
+  b->merged = memory.take<float>(columns);
+  b->rows = memory.take<uint32_t>(queries * static_cast<std::size_t>(t.width));
+  b->weights = memory.take<float>(columns);
+  b->topk = memory.take<char>(topk_scratch(t.candidates));
+  return memory.used;
 }
 
 template <class V>

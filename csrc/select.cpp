@@ -11,19 +11,6 @@
 #include "parallel.h"
 
 namespace sparsifiner {
-namespace {
-
-// Block number of each token; prefix tokens lie in an extra last block.
-std::vector<int32_t> block_of_token(const BlockGrid& grid) {
-  std::vector<int32_t> block(grid.prefix, static_cast<int32_t>(grid.blocks()));
-  block.reserve(grid.prefix + grid.rows * grid.columns);
-  for (int64_t y = 0; y < grid.rows; ++y)
-    for (int64_t x = 0; x < grid.columns; ++x)
-      block.push_back(static_cast<int32_t>(y / grid.block_rows * grid.horizontal() + x / grid.block_columns));
-  return block;
-}
-
-}  // namespace
 
 void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t k,
           int32_t* indices, int64_t out_stride, int32_t offset, int threads) {

@@ -34,7 +34,7 @@ def fidelity(config: SparsifinerConfig) -> tuple[float, float]:
     return cosine, relative_l2
 
 
-@pytest.mark.parametrize(("keep_rate", "min_cosine", "max_l2"), [(0.1, 0.99, 0.13), (0.25, 0.995, 0.1)])
+@pytest.mark.parametrize(("keep_rate", "min_cosine", "max_l2"), [(0.1, 0.994, 0.1), (0.25, 0.998, 0.06)])
 def test_the_training_free_default_keeps_the_features(keep_rate: float, min_cosine: float, max_l2: float) -> None:
     cosine, relative_l2 = fidelity(SparsifinerConfig(keep_rate=keep_rate))
     assert cosine >= min_cosine
@@ -45,5 +45,5 @@ def test_instance_dependence_beats_a_fixed_window_and_the_tail_matters() -> None
     cosine, _ = fidelity(SparsifinerConfig(keep_rate=0.1))
     local, _ = fidelity(SparsifinerConfig(keep_rate=0.1, predictor="local"))
     truncated, _ = fidelity(SparsifinerConfig(keep_rate=0.1, tail=None))
-    assert cosine > local + 0.03
-    assert cosine > truncated + 0.1
+    assert 1 - local > 4 * (1 - cosine)
+    assert 1 - truncated > 20 * (1 - cosine)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparsifiner import SparsifinerConfig, Tiling
 from sparsifiner.predictors import LowRankPredictor, OraclePredictor, base, build_predictor
+from sparsifiner.tail import group_keys
 
 NAMES = ["pooled", "lowrank", "oracle", "local", "strided", "random"]
 
@@ -177,13 +178,9 @@ def test_lowrank_tiles_merge_their_queries_and_weigh_by_what_a_tail_gets_wrong(
         merged = rows.amax(3) if reduction == "max" else rows.sum(3)
         per_tile = (merged @ predictor.basis(tiling).mT)[..., 1:]
     if tail is not None:
-        blocks = Tiling(tiling.grid, tail)
-        per_tile = (
-            per_tile
-            * (v[:, :, 1:] - blocks.mean_patches(v[:, :, 1:])[:, :, blocks.tile_of_patch(v.device)]).norm(dim=-1)[
-                :, :, None
-            ]
-        )
+        groups = group_keys(k, v, tiling.regions(tail), predictor.config.tail_refine)
+        stand_in = groups.of_patches(groups.v)
+        per_tile = per_tile * (v[:, :, 1:] - stand_in).norm(dim=-1)[:, :, None]
     want = per_tile.topk(predictor(q, k, v, tiling, 0.25).num_keys - 1, dim=-1).indices + 1
     got = predictor(q, k, v, tiling, 0.25).indices[..., 1:]
     assert torch.equal(got.sort(-1).values.long(), want.sort(-1).values)

@@ -1,0 +1,15 @@
+"""What a predictor chooses without the kernels that score and select in one pass."""
+
+from torch import Tensor
+
+from sparsifiner import Connectivity, Tiling
+from sparsifiner.predictors import Predictor
+from sparsifiner.tail import tail_groups
+
+
+def choose_by_torch(
+    predictor: Predictor, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float
+) -> Connectivity:
+    """The same choice as ``predictor(q, k, v, tiling, scale)``, from scores that torch computes."""
+    stakes = predictor.stakes(tail_groups(predictor.config, k, v, tiling), tiling)
+    return Predictor.choose(predictor, q, k, stakes, tiling, scale, None)
