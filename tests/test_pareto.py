@@ -110,6 +110,26 @@ def test_all_methods_train_and_are_read_back(sweep, tmp_path):
     assert [row.hits for row in run_sweep(everything, tmp_path)] == [row.hits for row in rows]
 
 
+def test_only_methods_with_something_to_fit_are_calibrated(sweep, tmp_path):
+    settings = dict(methods=("local-no-tail", "local", "tome", "lowrank"), keep_rates=(0.5,), num_images=4)
+    rows = run_sweep(sweep(**settings, stages=("training-free", "calibrated")), tmp_path)
+    assert [row.cell.method for row in rows if row.cell.stage == "calibrated"] == ["local", "lowrank"]
+    every = sweep(methods=tuple(METHODS), stages=("calibrated",)).cells()
+    for cell in every[1:]:
+        assert METHODS[cell.method].config(0.5).tail is not None or cell.learns_predictor
+
+
+def test_what_cannot_be_made_is_told_before_anything_is_measured(sweep, tmp_path):
+    only_predictor = dataclasses.replace(RECIPE, phases=RECIPE.phases[:1])
+    for changes, words in (
+        ({"stages": ("training-free", "fine-tuned"), "recipe": only_predictor}, "no phase that sparsifiner could"),
+        ({"keep_rates": (0.5, 2.0)}, "keep_rate"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_sweep(sweep(**changes), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_more_images_methods_and_stages_go_on(sweep, tmp_path, monkeypatch):
     first = {row.cell: list(row.hits) for row in run_sweep(sweep(num_images=10), tmp_path)}
     assert all(len(hits) == 10 for hits in first.values())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.accuracy import paired_drop, wilson_interval
+from ..calibration.fit import has_something_to_fit
 from ..checks import choose
 from ..methods import find_method
 
@@ -41,9 +42,10 @@ class Cell:
         return f"{self.method}-{self.keep_rate:g}-{self.stage}"
 
     @property
-    def sparse(self) -> bool:
-        """Whether its attention is sparse, so that there is something to calibrate."""
-        return find_method(self.method).config is not None
+    def calibratable(self) -> bool:
+        """Whether its attention is sparse and has a predictor or a tail to fit."""
+        config = find_method(self.method).config
+        return config is not None and has_something_to_fit(config(self.keep_rate))
 
     @property
     def learns_predictor(self) -> bool:

@@ -74,13 +74,20 @@ class CellModels:
             model = self._converted(cell)
         return model.to(self.sweep.device, self.sweep.dtype).eval()
 
-    def check_recipe(self, cell: Cell) -> None:
-        """Raise a ValueError if ``cell`` was fine-tuned in an earlier run, by another recipe than the sweep's."""
-        folder = self._folder(cell)
-        if cell.stage != "fine-tuned" or not (folder / RESULT_NAME).is_file():
+    def check(self, cell: Cell) -> None:
+        """Raise a ValueError before the first measurement if ``cell`` cannot be made.
+
+        That is where its method refuses the model, no phase of the recipe suits it, or it was fine-tuned in an
+        earlier run by another recipe.
+        """
+        self._converted(cell)
+        if cell.stage != "fine-tuned":
+            return
+        recipe, folder = self._recipe(cell)[0], self._folder(cell)
+        if not (folder / RESULT_NAME).is_file():
             return
         made_by = json.loads((folder / RESULT_NAME).read_text())["recipe"]
-        names = differing_settings(made_by, self._recipe(cell)[0].to_dict())
+        names = differing_settings(made_by, recipe.to_dict())
         if names:
             raise ValueError(
                 f"{folder} was trained by another recipe ({', '.join(names)}); name another folder with --output"

@@ -89,7 +89,7 @@ class _Run:
     def all_cells(self) -> list[Row]:
         cells = self.sweep.cells()
         for cell in cells:
-            self.models.check_recipe(cell)
+            self.models.check(cell)
         for cell in cells:
             row = self.rows.get(cell)
             speed_missing = row is None or (row.ms is None and self.sweep.repeats > 0)
