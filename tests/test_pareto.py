@@ -6,13 +6,14 @@ import csv
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparsifiner import from_pretrained
 from sparsifiner.analysis.accuracy import paired_drop
@@ -27,6 +28,7 @@ from sparsifiner.training import DataConfig, train
 from sparsifiner.training.data import Samples
 from sparsifiner.training.recipe_file import from_dict
 
+PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results"
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 PHASES = [
@@ -169,8 +171,6 @@ def test_an_interrupted_sweep_goes_on(sweep, tmp_path, monkeypatch):
 
 
 def test_broken_images_count_nowhere(classifier, folder_of_images, tmp_path):
-    import shutil
-
     pictures = tmp_path / "pictures"
     shutil.copytree(folder_of_images, pictures)
     (pictures / "val" / "class1" / "3.png").write_bytes(b"no picture")
@@ -255,6 +255,66 @@ def test_other_validation_images_are_refused(sweep, folder_of_images, tmp_path):
     shutil.copy(picture, picture.with_stem("another"))
     with pytest.raises(ValueError, match="another validation_images: 24 instead of 25"):
         run_sweep(sweep(data=data, num_images=4), tmp_path / "out")
+
+
+def test_the_same_number_of_other_images_is_refused(sweep, folder_of_images, tmp_path):
+    moved = shutil.copytree(folder_of_images, tmp_path / "images")
+    data = DataConfig(path=str(moved), img_size=32, workers=0)
+    settings = dict(num_images=4, methods=("local",), keep_rates=(0.5,), stages=("calibrated",))
+    run_sweep(sweep(**settings), tmp_path / "out")
+    run_sweep(sweep(**{**settings, "num_images": 5}, data=data), tmp_path / "out")  # moving them is no change
+    shutil.copy(moved / "val" / "class1" / "0.png", moved / "val" / "class0" / "0.png")
+    with pytest.raises(ValueError, match="holds a sweep of other validation images; name another folder"):
+        run_sweep(sweep(**settings, data=data), tmp_path / "out")
+    shutil.copy(folder_of_images / "val" / "class0" / "0.png", moved / "val" / "class0" / "0.png")
+    shutil.copy(moved / "train" / "class1" / "0.png", moved / "train" / "class0" / "0.png")
+    with pytest.raises(ValueError, match="local-0.5-calibrated was fitted on other training images"):
+        run_sweep(sweep(**settings, data=data), tmp_path / "out")
+
+
+def test_another_model_of_the_same_name_is_refused(sweep, classifier, tmp_path):
+    """What counts are its weights: the same ones under another name go on."""
+    folder, again = shutil.copytree(classifier, tmp_path / "teacher"), tmp_path / "again"
+    settings = dict(methods=("local",), keep_rates=(0.5,), stages=("fine-tuned",), recipe=RECIPE)
+    run_sweep(sweep(**settings, model=str(folder), num_images=4), tmp_path / "out")
+    run_sweep(sweep(**settings, model=str(shutil.copytree(folder, again)), num_images=5), tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a sweep of another model: its weights or its normalisation differ"):
+        run_sweep(sweep(**settings, model=str(folder)), tmp_path / "out")
+    (tmp_path / "out" / "pareto.json").unlink()
+    with pytest.raises(ValueError, match="local-0.5-fine-tuned was fitted to another model"):
+        run_sweep(sweep(**settings, model=str(folder)), tmp_path / "out")
+
+
+def test_a_row_holds_answers_of_one_model(sweep, tmp_path):
+    """Where the folder of a fitted model is gone, another recipe is refused, and a row of other weights starts anew."""
+    settings = dict(methods=("local",), keep_rates=(0.5,), stages=("fine-tuned",))
+    run_sweep(sweep(**settings, recipe=RECIPE, num_images=4), tmp_path)
+    shutil.rmtree(tmp_path / "cells")
+    with pytest.raises(ValueError, match=r"local-0.5-fine-tuned was trained by another recipe \(seed\)"):
+        run_sweep(sweep(**settings, recipe=dataclasses.replace(RECIPE, seed=5), num_images=8), tmp_path)
+    kept = json.loads((tmp_path / "pareto.json").read_text())
+    assert kept["rows"][1]["fit"]["recipe"]["phases"][0]["steps"] == 2
+    kept["rows"][1] |= {"weights": "as another machine trained them", "hits": "AA=="}
+    (tmp_path / "pareto.json").write_text(json.dumps(kept))
+    said = []
+    anew = run_sweep(sweep(**settings, recipe=RECIPE, num_images=8), tmp_path, say=said.append)[1]
+    assert any("measured anew, the weights that gave its 4 answers are gone" in line for line in said)
+    assert anew.hits == run_sweep(sweep(**settings, recipe=RECIPE, num_images=8), tmp_path / "whole")[1].hits
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="a source distribution has no benchmarks")
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-300-steps", "cifar10-900-steps"])
+def test_published_sweeps_are_read_and_not_added_to(sweep, tmp_path, name):
+    rows = load_rows(PUBLISHED / name)
+    assert all(row.images >= 500 for row in rows.values())
+    shutil.copy(PUBLISHED / name / "pareto.json", tmp_path)
+    kept = json.loads((tmp_path / "pareto.json").read_text())
+    (tmp_path / "pareto.json").write_text(json.dumps({**kept, **sweep().purpose()}))
+    with pytest.raises(ValueError, match="of an older version, which did not record validation_images") as refusal:
+        run_sweep(sweep(), tmp_path)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("moment", ["in the fit", "while the model is written"])

@@ -18,7 +18,7 @@ from .attention import SparseAttention
 from .baselines import apply_baseline, baseline_parameters, baseline_settings
 from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
-from .digest import digest
+from .digest import state_digest as _fingerprint
 from .files import replacing, write_atomically
 from .messages import one_line
 from .predictors import LowRankPredictor
@@ -272,11 +272,6 @@ def _local_pretrained(architecture: str, arguments: dict[str, Any], dtype: torch
     if not cached:
         return None
     return _create(architecture, arguments, pretrained=True).to(dtype).state_dict()
-
-
-def _fingerprint(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of the tensors."""
-    return digest(part for name in sorted(state) for part in (name, state[name]))
 
 
 def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -73,6 +73,8 @@ class Row:
         dense_ms: of the dense model, in runs that alternated with these.
         seconds: wall-clock cost of calibrating or training.
         note: what was different from the other cells.
+        weights: digest of the state dict that gave the answers; a row goes on with no other.
+        fit: of a cell that was fitted: digests of the model it started from and of the training images, and the recipe.
     """
 
     cell: Cell
@@ -85,6 +87,8 @@ class Row:
     dense_ms: float | None = None
     seconds: float = 0.0
     note: str = ""
+    weights: str = ""
+    fit: dict[str, Any] | None = None
 
     @property
     def images(self) -> int:

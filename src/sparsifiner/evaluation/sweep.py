@@ -76,7 +76,6 @@ class Sweep:
     def purpose(self) -> dict[str, Any]:
         """What all rows of one file must have in common."""
         return {
-            "model": self.model,
             "source": self.data.source,
             "split": self.data.val_split,
             "train_split": self.data.train_split,
