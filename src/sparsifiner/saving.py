@@ -32,6 +32,10 @@ _SWITCHES = (
     "training", "grad_checkpointing", "fused_attn", "aug_active", "distilled_training", "token_labels", "mix_token",
 )  # fmt: skip
 """Attributes that say how a model trains and which kernels it runs on, not what it computes."""
+_DATA = (
+    "input_size", "test_input_size", "interpolation", "mean", "std", "crop_pct", "test_crop_pct", "crop_mode",
+)  # fmt: skip
+"""What of timm's ``pretrained_cfg`` says how images are prepared for the model."""
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
@@ -66,6 +70,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         "architecture": architecture,
         "model_args": arguments,
         "dtype": str(dtype).removeprefix("torch."),
+        "data": {name: value for name, value in vars(model)["pretrained_cfg"].items() if name in _DATA},
         "config": _common_config([layer.config for layer in layers]).to_dict() if layers else None,
         "token_pruning": None if pruning is None else pruning.to_dict(),
         "baseline": baseline,
@@ -117,6 +122,9 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
         model = _create(settings["architecture"], settings["model_args"], pretrained=delta).to(dtype)
     except Exception as error:
         raise ValueError(f"cannot rebuild {settings['architecture']} for {folder}: {one_line(error)}") from error
+    # Versions that did not save it leave what timm knows of the architecture.
+    for name, value in settings.get("data", {}).items():
+        vars(model)["pretrained_cfg"][name] = tuple(value) if isinstance(value, list) else value
     if delta and _fingerprint(model.state_dict()) != settings["dense_fingerprint"]:
         raise ValueError(
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
