@@ -143,6 +143,14 @@ def test_how_images_are_prepared_is_saved(tmp_path: Path) -> None:
     assert resolve_model_data_config(from_pretrained(tmp_path)) == resolve_model_data_config(dense)
 
 
+def test_weights_of_several_dtypes_are_refused(tmp_path: Path) -> None:
+    sparse = sparsify(small_timm_model()).to(torch.bfloat16)
+    sparse.norm.float()
+    with pytest.raises(ValueError, match=r"bfloat16 \(such as cls_token\) and float32 \(such as norm.weight\); bring"):
+        save_pretrained(sparse, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_layers_given_as_classes_are_saved_by_name_or_refused(tmp_path: Path) -> None:
     model = small_timm_model(act_layer=torch.nn.ReLU, norm_layer=partial(torch.nn.LayerNorm, eps=1e-3))
     sparse = sparsify(model, SparsifinerConfig(dense_below=0))

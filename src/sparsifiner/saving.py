@@ -54,7 +54,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
             place: names of layers given as classes, which JSON cannot hold.
 
     Raises:
-        ValueError: if the model is not converted, not a timm model, or the arguments do not rebuild it.
+        ValueError: if the model is not converted, not a timm model, of several dtypes, or the arguments do not
+            rebuild it.
         OSError: if the folder cannot be written.
     """
     layers, pruning, baseline = converted = _conversions(model)
@@ -62,7 +63,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         raise ValueError(f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first")
     architecture = _architecture(model)
     arguments = _model_args(model, model_args)
-    dtype = next(model.parameters()).dtype
+    dtype = _dtype(model)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_rebuilds(model, architecture, arguments)
     settings: dict[str, Any] = {
@@ -246,6 +247,18 @@ def _conversions(model: nn.Module) -> tuple[list[SparseAttention], TokenPruning 
     """What was done to a dense model: its sparse layers, the settings of pruning, and those of a baseline."""
     pruning = token_pruning(model) if is_pruned(model) else None
     return list(find_sparse_layers(model).values()), pruning, baseline_settings(model)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The one of all its floating-point tensors; a saved model is made anew in a single one."""
+    first: dict[torch.dtype, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            first.setdefault(tensor.dtype, name)
+    if len(first) > 1:
+        found = " and ".join(f"{str(dtype).removeprefix('torch.')} (such as {name})" for dtype, name in first.items())
+        raise ValueError(f"the weights of {type(model).__name__} are {found}; bring them to one with model.to(dtype)")
+    return next(iter(first))
 
 
 def _basis_grid(layer: SparseAttention) -> list[int] | None:
