@@ -135,6 +135,14 @@ def test_a_converted_model_is_measured_as_it_is(
         assert err == f"error: {folder} has no attention with a keep rate ({names[-1]}); leave the keep rates out\n"
 
 
+def test_a_saved_dense_model_is_readable_by_others(tiny_vit, tmp_path):
+    save_model(tiny_vit(), tmp_path)
+    (tmp_path / "other").touch()
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert set(modes) == {"model.safetensors", "config.json", "other"}
+    assert len(set(modes.values())) == 1
+
+
 def test_rows_are_named_by_the_keep_rates_of_all_layers(tiny_vit, folder_of_images):
     data, plain = DataConfig(path=str(folder_of_images), workers=0), tiny_vit(num_classes=3)
     by_layer = sparsify(plain, keep_rate=(0.5, 0.2))
