@@ -197,12 +197,15 @@ def test_the_command_writes_table_and_figures(classifier, folder_of_images, tmp_
         main([str(argument) for argument in arguments])
     printed = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(word in printed for word in ("tome", "fine-tuned", "12 images", "written:", "pareto-macs.png"))
+    assert all(
+        word in printed for word in ("tome", "fine-tuned", "in full", "12 images", "written:", "pareto-macs.png")
+    )
     rows = list(csv.DictReader((out / "pareto.csv").read_text().splitlines()))
     assert len(rows) == 10
     dense = [row for row in rows if row["method"] == "dense"]
     assert [(row["stage"], row["keep_rate"]) for row in dense] == [("training-free", "1.0"), ("fine-tuned", "1.0")]
     assert [float(row["mhsa_saved"]) > 0 for row in rows] == [row["method"] != "dense" for row in rows]
+    assert all(float(row["mhsa_full_saved"]) <= float(row["mhsa_saved"]) for row in rows)
     assert float(rows[0]["drop"]) == 0
     assert rows[-1]["note"].startswith("no predictor to train; merged tokens")
     for name in ("pareto-macs.png", "pareto-ms.png"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -85,6 +86,10 @@ def test_validation_of_a_model_dense_beside_sparse(tiny_vit, folder_of_images):
     assert dense.mhsa_macs == 2 * 65**2 * 48 * 2
     assert sparse.mhsa_macs < dense.mhsa_macs
     assert all(row.images_per_second > 0 for row in result.rows)
+    assert dense.speed_up is None
+    assert sparse.speed_up > 0
+    few = validate(tiny_vit(num_classes=3), dataclasses.replace(data, val_limit=3), batch_size=8, repeats=0)
+    assert few.batch_size == 3
     with pytest.raises(ValueError, match="no classifier"):
         validate(tiny_vit(num_classes=0), data)
     sparse_model = sparsify(tiny_vit(num_classes=3), SparsifinerConfig(0.3))
@@ -195,7 +200,7 @@ def test_train_and_validate_from_the_command_line(cli, folder_of_images, tmp_pat
     common = ["validate", "--data", folder_of_images, "--workers", 0, "--batch-size", 8]
     code, printed, err = cli(*common, "--model", out / "model", "--repeats", 1, "--keep-rate", "0.3,0.9")
     assert code == 0, err
-    for words in ("24 images", "top-1", "95 % interval", "GMACs", "images/s", "dense", "keep 0.9"):
+    for words in ("24 images", "top-1", "95 % interval", "GMACs", "images/s", "speed-up", "dense", "keep 0.9"):
         assert words in printed
     assert max(map(len, printed.splitlines()[1:])) <= 100
     file = tmp_path / "v.json"

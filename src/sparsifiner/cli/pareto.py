@@ -105,13 +105,24 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """The table of a sweep."""
+    """The table of a sweep; what is saved of attention as the paper counts, and with every product of the predictor."""
     from rich.table import Table
 
     from ..evaluation.results import table_row
 
     table = Table()
-    for column in ("method", "keep", "stage", "top-1", "drop, points", "MHSA MMACs", "saved", "ms", "speed-up"):
+    for column in (
+        "method",
+        "keep",
+        "stage",
+        "top-1",
+        "drop, points",
+        "MHSA MMACs",
+        "saved",
+        "in full",
+        "ms",
+        "speed-up",
+    ):
         table.add_column(column, justify="left" if column in ("method", "stage") else "right")
     for row in rows:
         values = table_row(row, rows)
@@ -124,6 +135,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             f"{values['drop']:+.2f} [{values['drop_low']:+.2f}, {values['drop_high']:+.2f}]",
             f"{values['mhsa_mmacs']:.1f}",
             f"{values['mhsa_saved']:.0f} %",
+            f"{values['mhsa_full_saved']:.0f} %",
             "" if row.ms is None else f"{row.ms:.1f}",
             speed,
         )

@@ -101,21 +101,22 @@ def _print(result: Validation, console: Console) -> None:
     size = "x".join(str(side) for side in result.img_size)
     first = result.rows[0].accuracy
     say(console, f"{result.model}: {first.images} images at {size} px, {result.dtype}")
-    table = Table()
-    for column in ("", "top-1", "95 % interval", "top-5", "loss", "GMACs", "MHSA MMACs", "images/s"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(show_edge=False, pad_edge=False, collapse_padding=True)  # which leaves room for long names
+    for column in ("", "top-1", "95 % interval", "top-5", "loss", "GMACs", "MHSA\nMMACs", "images/s", "speed-up"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in result.rows:
         values = row.to_dict()
         low, high = values["top1_interval"]
         table.add_row(
             row.name,
             f"{values['top1']:.2%}",
-            f"{low:.2%} to {high:.2%}",
+            f"[{100 * low:.2f}, {100 * high:.2f}]",
             f"{values['top5']:.2%}",
             f"{values['loss']:.4f}",
             f"{row.total_macs / 1e9:.2f}",
             f"{row.mhsa_macs / 1e6:.1f}",
             "" if row.images_per_second is None else f"{row.images_per_second:.1f}",
+            "" if row.speed_up is None else f"{row.speed_up:.2f}x",
         )
     console.print(table)
     if result.broken:

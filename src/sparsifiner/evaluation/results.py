@@ -84,6 +84,7 @@ def table_row(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
         "mhsa_mmacs": round(row.mhsa_macs / 1e6, 2),
         "mhsa_full_mmacs": round(row.mhsa_full_macs / 1e6, 2),
         "mhsa_saved": _percent(1 - row.mhsa_macs / dense.mhsa_macs) if dense.mhsa_macs else "",
+        "mhsa_full_saved": _percent(1 - row.mhsa_full_macs / dense.mhsa_full_macs) if dense.mhsa_full_macs else "",
         "total_gmacs": round(row.total_macs / 1e9, 4),
         "ms": "" if row.ms is None else round(row.ms, 3),
         "dense_ms": "" if row.dense_ms is None else round(row.dense_ms, 3),
