@@ -272,8 +272,15 @@ def test_names_that_are_no_model(tmp_path: Path) -> None:
         load_model("vit_small_patch14_dinov")
     with pytest.raises(ValueError, match="unknown model 'bultin': did you mean builtin"):
         load_model("bultin")
+    with pytest.raises(ValueError, match="there is no model folder run/model; name one"):
+        load_model("run/model")
     with pytest.raises(ValueError, match="holds no saved model: sparsifiner.json is missing"):
         load_model(str(tmp_path))
+    save_pretrained(sparsify(small_timm_model()), tmp_path)
+    for name in ("builtin", str(tmp_path), "vit_tiny_patch16_224"):
+        for side in (8, 100):
+            with pytest.raises(ValueError, match=f"image size {side} is not a multiple of the model's"):
+                load_model(name, img_size=(side, side), pretrained=name == "builtin")
     with pytest.raises(ValueError, match=r"resnet18 cannot be built with {'img_size': \(64, 64\)}"):
         load_model("resnet18", img_size=(64, 64))
 

@@ -21,6 +21,7 @@ from sparsifiner.training import DataConfig
 from sparsifiner.training.student import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+BUILTIN = ("--model", "builtin")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
@@ -218,11 +219,19 @@ def test_train_and_validate_from_the_command_line(cli, folder_of_images, tmp_pat
     [
         (["train"], "--recipe"),
         (["train", "--recipe", "missing.yaml"], "cannot read the recipe missing.yaml"),
-        (["validate"], "data.path is not set"),
-        (["validate", "--data", "missing"], "does not exist"),
-        (["validate", "--keep-rate", "2"], "must be a number in (0, 1]"),
+        (["validate"], "Missing option '--model'"),
+        (["pareto", "--data", "DATA"], "Missing option '--model'"),
+        (["validate", *BUILTIN], "--data is not set; give the folder of the images (--source is folder)"),
+        (["validate", *BUILTIN, "--data", "missing"], "missing/val does not exist; set --data\n"),
+        (["validate", *BUILTIN, "--data", "DATA", "--split", "tset"], "no folder tset; name another one with --split"),
+        (["pareto", *BUILTIN, "--data", "DATA", "--source", "floppy"], "--source 'floppy' is unknown"),
+        (["validate", *BUILTIN, "--keep-rate", "2"], "must be a number in (0, 1]"),
+        (["validate", "--data", "DATA", "--model", "no/model"], "there is no model folder no/model; name one"),
+        (["validate", "--data", "DATA", "--model", "qqqqqq"], "unknown model 'qqqqqq': it is no folder here, and no"),
+        (["validate", *BUILTIN, "--data", "DATA", "--img-size", "100"], "image size 100 is not a multiple of"),
+        (["validate", *BUILTIN, "--data", "DATA", "--img-size", "8"], "image size 8 is not a multiple of the model's"),
         (["validate", "--data", "DATA", "--model", "vit_tini_patch16_224"], "did you mean"),
-        (["validate", "--data", ".", "--source", "floppy"], "data.source 'floppy' is unknown"),
+        (["validate", *BUILTIN, "--data", ".", "--source", "floppy"], "--source 'floppy' is unknown"),
     ],
 )
 def test_a_user_error_is_one_line(cli, folder_of_images, arguments, words):

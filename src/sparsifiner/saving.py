@@ -20,6 +20,7 @@ from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
 from .digest import state_digest as _fingerprint
 from .files import replacing, write_atomically
+from .grid import check_image_size
 from .messages import one_line
 from .predictors import LowRankPredictor
 from .tokens import TokenPruning, is_pruned, prune_tokens, token_pruning
@@ -157,6 +158,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
 
 
 def _set_input_size(model: Any, img_size: tuple[int, int]) -> None:
+    check_image_size(model, img_size)
     if not hasattr(model, "set_input_size"):
         raise ValueError(f"{type(model).__name__} cannot change its image size; leave img_size out")
     model.set_input_size(img_size=img_size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import check_dtype, parse_device, parse_keep_rates, parse_one_size
+from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
 from .console import output_console, say
 from .options import BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def pareto(
+    model: Annotated[
+        str, typer.Option(help="A dense classifier: a timm name, or a folder of train.", metavar="NAME|FOLDER")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to the recipe, such as phases.1.steps=100.", metavar="[NAME=VALUE]..."),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="A dense classifier: a timm name, or a folder of train.", metavar="NAME|FOLDER")
-    ] = "builtin",
     data: DataFolder = None,
     source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split to measure on; '' if the folder is it.")] = "val",
@@ -66,12 +66,14 @@ def pareto(
     from ..training.recipe import DataConfig
     from ..training.recipe_file import load_recipe
 
-    sweep = Sweep(
-        model=model,
-        data=DataConfig(
+    with option_words():
+        images = DataConfig(
             source=source, path=data, train_split=train_split, val_split=split, img_size=size, workers=workers,
             download=download,
-        ),
+        )  # fmt: skip
+    sweep = Sweep(
+        model=model,
+        data=images,
         methods=_names(methods),
         keep_rates=rates,
         stages=_names(stages),
@@ -85,7 +87,7 @@ def pareto(
     )  # fmt: skip
     stderr = Console(stderr=True)
     try:
-        with progress_on(stderr) as progress:
+        with option_words(), progress_on(stderr) as progress:
             rows = run_sweep(sweep, output, progress=progress, say=partial(say, stderr))
     except KeyboardInterrupt:
         say(stderr, "the same command goes on from here")

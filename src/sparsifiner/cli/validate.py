@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import check_dtype, parse_device, parse_keep_rates, parse_one_size
+from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
 from .console import output_console, say
 from .options import (
     BatchSize,
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 
 def validate(
-    data: DataFolder = None,
     model: Annotated[
         str,
-        typer.Option(help="A timm model name, or a folder of train, pareto or save_pretrained.", metavar="NAME|FOLDER"),
-    ] = "builtin",
+        typer.Option(
+            help="A classifier: a timm name, or a folder of train, pareto or save_pretrained.", metavar="NAME|FOLDER"
+        ),
+    ],
+    data: DataFolder = None,
     source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split; '' if the folder is it.")] = "val",
     img_size: ImageSize = None,
@@ -66,12 +68,12 @@ def validate(
 
     if output is not None:
         check_writable(output.parent)
-    images = DataConfig(
-        source=source, path=data, val_split=split, img_size=size, workers=workers, download=download,
-        val_limit=limit,
-    )  # fmt: skip
     stderr = Console(stderr=True)
-    with progress_on(stderr) as progress:
+    with option_words(), progress_on(stderr) as progress:
+        images = DataConfig(
+            source=source, path=data, val_split=split, img_size=size, workers=workers, download=download,
+            val_limit=limit,
+        )  # fmt: skip
         result = run(
             model,
             images,

@@ -53,9 +53,7 @@ class FolderSource(ImageSource):
 
     def __init__(self, folder: Path, *, labelled: bool) -> None:
         if not folder.is_dir():
-            raise ValueError(
-                f"the image folder {folder} does not exist; set data.path, data.train_split, data.val_split"
-            )
+            raise ValueError(f"the image folder {folder} does not exist; set data.path")
         if labelled:
             self.classes = class_folders(folder)
             if not self.classes:
@@ -281,6 +279,12 @@ def open_source(
     folder = Path(path or ".").expanduser()
     found: ImageSource
     if source in ("folder", "images"):
+        if split and folder.is_dir() and not (folder / split).is_dir():
+            setting = "data.train_split" if train else "data.val_split"
+            raise ValueError(
+                f"{folder} has no folder {split}; name another one with {setting}, or '' if the images lie in {folder} "
+                f"itself"
+            )
         found = FolderSource(folder / split if split else folder, labelled=source == "folder")
     elif source == "cifar10-png":
         found = CifarPngSource(folder, train=train)
