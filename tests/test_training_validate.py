@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsifiner import SparsifinerConfig, count_flops, sparse_layers, sparsify
-from sparsifiner.analysis.accuracy import Batch, count_correct, wilson_interval
+from sparsifiner.analysis.accuracy import Batch, count_correct, paired_drop, wilson_interval
 from sparsifiner.cli import main
 from sparsifiner.convert import always_sparse
 from sparsifiner.evaluation import validate
@@ -46,6 +46,25 @@ def test_the_wilson_interval_against_published_values():
         assert wilson_interval(hits, trials) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
     with pytest.raises(ValueError, match="3 of 2"):
         wilson_interval(3, 2)
+
+
+def test_the_paired_interval_against_published_values():
+    # Agresti, "Categorical Data Analysis", section 10.1: of 1600 voters 944 approved and later 880; 794 both times, 150
+    # only at first, 86 only later; the change is 0.04, 95 % interval 0.021 to 0.059.
+    lost, won, total = 150, 86, 1600
+    before = torch.zeros(total, dtype=torch.bool)
+    after = before.clone()
+    before[:lost] = True
+    after[lost : lost + won] = True
+    drop, (low, high) = paired_drop(before, after)
+    assert drop == pytest.approx(64 / 1600)
+    assert (low, high) == (pytest.approx(0.0211, abs=3e-4), pytest.approx(0.0588, abs=3e-4))
+    assert paired_drop(after, before)[0] == -drop
+    same = paired_drop(before, before)
+    assert same[0] == 0
+    assert same[1][0] < 0 < same[1][1]
+    with pytest.raises(ValueError, match="same images"):
+        paired_drop(before, before[1:])
 
 
 @given(trials=st.integers(1, 10**6), share=st.floats(0, 1))
