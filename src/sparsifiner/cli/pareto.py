@@ -112,7 +112,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
 
     from ..evaluation.results import table_row
 
-    table = Table()
+    table = Table(show_edge=False, pad_edge=False, collapse_padding=True)
     for column in (
         "method",
         "keep",
@@ -125,7 +125,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         "ms",
         "speed-up",
     ):
-        table.add_column(column, justify="left" if column in ("method", "stage") else "right")
+        table.add_column(column, justify="left" if column in ("method", "stage") else "right", no_wrap=True)
     for row in rows:
         values = table_row(row, rows)
         speed = "" if row.ms is None or row.dense_ms is None else f"{row.dense_ms / row.ms:.2f}x"
