@@ -15,9 +15,10 @@ from PIL import Image
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
-from sparsifiner.analysis.images import as_rgb, bundled_photos, check_size, crop, load_photos, preprocess
+from sparsifiner.analysis.images import as_rgb, bundled_photos, crop, load_photos, preprocess
 from sparsifiner.analysis.maps import attention_maps
 from sparsifiner.analysis.pictures import draw_maps
+from sparsifiner.grid import check_size
 from sparsifiner.training.sources import FolderSource, HuggingFaceSource, TorchvisionSource
 
 
@@ -42,6 +43,14 @@ def test_unreadable_pictures_are_named_and_skipped(folder):
 
 def test_a_limit_counts_readable_pictures(folder):
     assert [photo.name for photo in load_photos(folder, 2).photos] == ["b.png", "c.webp"]
+
+
+def test_folders_in_the_folder_take_turns(tmp_path):
+    for name in ("cat/b.png", "cat/a.png", "dog/c.png", ".hidden/d.png", "e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [photo.name for photo in load_photos(tmp_path).photos] == ["cat/a.png", "dog/c.png", "e.png", "cat/b.png"]
+    assert [photo.name for photo in load_photos(tmp_path, 2).photos] == ["cat/a.png", "dog/c.png"]
 
 
 def test_folders_without_images_are_refused(tmp_path):

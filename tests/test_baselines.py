@@ -99,6 +99,28 @@ def test_linformer_serves_one_size(tiny_vit, images):
         converted(images(1, 3, 48, 32))
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"keep_rate": 0.0}, "must lie in"),
+        ({"keep_rate": 10}, "must lie in"),
+        ({"n_down": 0}, "n_down must be a whole number at least 1, got 0"),
+        ({"n_down": 2.5}, "n_down must be a whole number at least 1, got 2.5"),
+        ({"n_down": 4, "keep_rate": 0.5}, "one of the two"),
+    ],
+)
+def test_linformer_refuses_sizes_that_are_none(tiny_vit, settings, words):
+    with pytest.raises(ValueError, match=words):
+        linformer(tiny_vit(), **settings)
+
+
+def test_linformer_refuses_models_whose_tokens_become_fewer(tiny_vit):
+    """Its projections would serve the first layers only."""
+    for fewer in (sparsifiner.prune_tokens(tiny_vit(), keep_rate=0.5, layers=[1]), merge_tokens(tiny_vit(), 4)):
+        with pytest.raises(ValueError, match="cannot convert VisionTransformer: tokens are removed or merged"):
+            linformer(fewer, keep_rate=0.5)
+
+
 @given(n=st.integers(2, 15), seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_matching_and_merging_equal_a_loop(n, seed, data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from huggingface_hub.utils import logging
 
 from sparsifiner import cpu
 from sparsifiner.cli import main
@@ -15,6 +16,20 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main(arguments)
     assert stop.value.code == 0
     return capsys.readouterr().out
+
+
+def test_retries_of_downloads_are_silent_unless_the_user_asks(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "info")
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_info()
+        run(["info"], capsys)
+        assert logging.get_verbosity() == logging.INFO
+        monkeypatch.delenv("HF_HUB_VERBOSITY")
+        run(["info"], capsys)
+        assert logging.get_verbosity() == logging.ERROR
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_facts_agree_with_the_library(capsys) -> None:

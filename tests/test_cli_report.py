@@ -208,7 +208,7 @@ def test_a_user_error_is_one_line_and_leaves_nothing_behind(cli, tmp_path, argum
 
 @pytest.mark.parametrize("command", ["calibrate", "pareto", "validate"])
 def test_commands_that_take_one_image_size_refuse_two_in_one_line(cli, tmp_path, command):
-    needed = ["--images", tmp_path] if command == "calibrate" else []
+    needed = ["--images", tmp_path] if command == "calibrate" else ["--model", "builtin"]
     code, _, err = cli(command, *needed, "--img-size", "32,64", always_sparse=False)
     assert code == 2
     assert err == f"error: --img-size '32,64' names several sizes; {command} takes one\n"

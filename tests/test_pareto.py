@@ -6,19 +6,21 @@ import csv
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparsifiner import from_pretrained
-from sparsifiner.analysis.accuracy import paired_drop
 from sparsifiner.baselines import baseline_settings
 from sparsifiner.cli import main
 from sparsifiner.evaluation import Cell, Row, Sweep, run_sweep, validate
+from sparsifiner.evaluation.cell import DENSE
+from sparsifiner.evaluation.figure import draw_pareto
 from sparsifiner.evaluation.results import load_rows
 from sparsifiner.methods import METHODS, convert_with
 from sparsifiner.models import load_model
@@ -27,6 +29,7 @@ from sparsifiner.training import DataConfig, train
 from sparsifiner.training.data import Samples
 from sparsifiner.training.recipe_file import from_dict
 
+PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results"
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 PHASES = [
@@ -110,6 +113,26 @@ def test_all_methods_train_and_are_read_back(sweep, tmp_path):
     assert [row.hits for row in run_sweep(everything, tmp_path)] == [row.hits for row in rows]
 
 
+def test_only_methods_with_something_to_fit_are_calibrated(sweep, tmp_path):
+    settings = dict(methods=("local-no-tail", "local", "tome", "lowrank"), keep_rates=(0.5,), num_images=4)
+    rows = run_sweep(sweep(**settings, stages=("training-free", "calibrated")), tmp_path)
+    assert [row.cell.method for row in rows if row.cell.stage == "calibrated"] == ["local", "lowrank"]
+    every = sweep(methods=tuple(METHODS), stages=("calibrated",)).cells()
+    for cell in every[1:]:
+        assert METHODS[cell.method].config(0.5).tail is not None or cell.learns_predictor
+
+
+def test_what_cannot_be_made_is_told_before_anything_is_measured(sweep, tmp_path):
+    only_predictor = dataclasses.replace(RECIPE, phases=RECIPE.phases[:1])
+    for changes, words in (
+        ({"stages": ("training-free", "fine-tuned"), "recipe": only_predictor}, "no phase that sparsifiner could"),
+        ({"keep_rates": (0.5, 2.0)}, "keep_rate"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_sweep(sweep(**changes), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_more_images_methods_and_stages_go_on(sweep, tmp_path, monkeypatch):
     first = {row.cell: list(row.hits) for row in run_sweep(sweep(num_images=10), tmp_path)}
     assert all(len(hits) == 10 for hits in first.values())
@@ -149,8 +172,6 @@ def test_an_interrupted_sweep_goes_on(sweep, tmp_path, monkeypatch):
 
 
 def test_broken_images_count_nowhere(classifier, folder_of_images, tmp_path):
-    import shutil
-
     pictures = tmp_path / "pictures"
     shutil.copytree(folder_of_images, pictures)
     (pictures / "val" / "class1" / "3.png").write_bytes(b"no picture")
@@ -177,12 +198,15 @@ def test_the_command_writes_table_and_figures(classifier, folder_of_images, tmp_
         main([str(argument) for argument in arguments])
     printed = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(word in printed for word in ("tome", "fine-tuned", "12 images", "written:", "pareto-macs.png"))
+    assert all(
+        word in printed for word in ("tome", "fine-tuned", "in full", "12 images", "written:", "pareto-macs.png")
+    )
     rows = list(csv.DictReader((out / "pareto.csv").read_text().splitlines()))
     assert len(rows) == 10
     dense = [row for row in rows if row["method"] == "dense"]
     assert [(row["stage"], row["keep_rate"]) for row in dense] == [("training-free", "1.0"), ("fine-tuned", "1.0")]
     assert [float(row["mhsa_saved"]) > 0 for row in rows] == [row["method"] != "dense" for row in rows]
+    assert all(float(row["mhsa_full_saved"]) <= float(row["mhsa_saved"]) for row in rows)
     assert float(rows[0]["drop"]) == 0
     assert rows[-1]["note"].startswith("no predictor to train; merged tokens")
     for name in ("pareto-macs.png", "pareto-ms.png"):
@@ -193,6 +217,22 @@ def test_the_command_writes_table_and_figures(classifier, folder_of_images, tmp_
     assert stop.value.code == 2
     assert "another dtype" in error
     assert error.count("\n") == 1
+
+
+def test_the_dense_model_stands_where_the_axis_says_it_does(monkeypatch, tmp_path):
+    """It is timed against its own copy, and that is noise."""
+    places = []
+
+    def draw(rows, label, value):
+        places.extend(value(row) for row in rows)
+        return label.encode()
+
+    monkeypatch.setattr("sparsifiner.evaluation.figure._draw", draw)
+    dense = Row(DENSE, [True] * 4, ms=54.0, dense_ms=60.0)
+    local = Row(Cell("local", 0.5), [True] * 4, ms=30.0, dense_ms=60.0)
+    (written,) = draw_pareto([dense, local], tmp_path)
+    assert written.read_text() == "milliseconds per image, where dense takes 60"
+    assert places == [60.0, 30.0]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +277,66 @@ def test_other_validation_images_are_refused(sweep, folder_of_images, tmp_path):
         run_sweep(sweep(data=data, num_images=4), tmp_path / "out")
 
 
+def test_the_same_number_of_other_images_is_refused(sweep, folder_of_images, tmp_path):
+    moved = shutil.copytree(folder_of_images, tmp_path / "images")
+    data = DataConfig(path=str(moved), img_size=32, workers=0)
+    settings = dict(num_images=4, methods=("local",), keep_rates=(0.5,), stages=("calibrated",))
+    run_sweep(sweep(**settings), tmp_path / "out")
+    run_sweep(sweep(**{**settings, "num_images": 5}, data=data), tmp_path / "out")  # moving them is no change
+    shutil.copy(moved / "val" / "class1" / "0.png", moved / "val" / "class0" / "0.png")
+    with pytest.raises(ValueError, match="holds a sweep of other validation images; name another folder"):
+        run_sweep(sweep(**settings, data=data), tmp_path / "out")
+    shutil.copy(folder_of_images / "val" / "class0" / "0.png", moved / "val" / "class0" / "0.png")
+    shutil.copy(moved / "train" / "class1" / "0.png", moved / "train" / "class0" / "0.png")
+    with pytest.raises(ValueError, match="local-0.5-calibrated was fitted on other training images"):
+        run_sweep(sweep(**settings, data=data), tmp_path / "out")
+
+
+def test_another_model_of_the_same_name_is_refused(sweep, classifier, tmp_path):
+    """What counts are its weights: the same ones under another name go on."""
+    folder, again = shutil.copytree(classifier, tmp_path / "teacher"), tmp_path / "again"
+    settings = dict(methods=("local",), keep_rates=(0.5,), stages=("fine-tuned",), recipe=RECIPE)
+    run_sweep(sweep(**settings, model=str(folder), num_images=4), tmp_path / "out")
+    run_sweep(sweep(**settings, model=str(shutil.copytree(folder, again)), num_images=5), tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a sweep of another model: its weights or its normalisation differ"):
+        run_sweep(sweep(**settings, model=str(folder)), tmp_path / "out")
+    (tmp_path / "out" / "pareto.json").unlink()
+    with pytest.raises(ValueError, match="local-0.5-fine-tuned was fitted to another model"):
+        run_sweep(sweep(**settings, model=str(folder)), tmp_path / "out")
+
+
+def test_a_row_holds_answers_of_one_model(sweep, tmp_path):
+    """Where the folder of a fitted model is gone, another recipe is refused, and a row of other weights starts anew."""
+    settings = dict(methods=("local",), keep_rates=(0.5,), stages=("fine-tuned",))
+    run_sweep(sweep(**settings, recipe=RECIPE, num_images=4), tmp_path)
+    shutil.rmtree(tmp_path / "cells")
+    with pytest.raises(ValueError, match=r"local-0.5-fine-tuned was trained by another recipe \(seed\)"):
+        run_sweep(sweep(**settings, recipe=dataclasses.replace(RECIPE, seed=5), num_images=8), tmp_path)
+    kept = json.loads((tmp_path / "pareto.json").read_text())
+    assert kept["rows"][1]["fit"]["recipe"]["phases"][0]["steps"] == 2
+    kept["rows"][1] |= {"weights": "as another machine trained them", "hits": "AA=="}
+    (tmp_path / "pareto.json").write_text(json.dumps(kept))
+    said = []
+    anew = run_sweep(sweep(**settings, recipe=RECIPE, num_images=8), tmp_path, say=said.append)[1]
+    assert any("measured anew, the weights that gave its 4 answers are gone" in line for line in said)
+    assert anew.hits == run_sweep(sweep(**settings, recipe=RECIPE, num_images=8), tmp_path / "whole")[1].hits
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="a source distribution has no benchmarks")
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-300-steps", "cifar10-900-steps"])
+def test_published_sweeps_are_read_and_not_added_to(sweep, tmp_path, name):
+    rows = load_rows(PUBLISHED / name)
+    assert all(row.images >= 500 for row in rows.values())
+    shutil.copy(PUBLISHED / name / "pareto.json", tmp_path)
+    kept = json.loads((tmp_path / "pareto.json").read_text())
+    (tmp_path / "pareto.json").write_text(json.dumps({**kept, **sweep().purpose()}))
+    with pytest.raises(ValueError, match="of an older version, which did not record validation_images") as refusal:
+        run_sweep(sweep(), tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("moment", ["in the fit", "while the model is written"])
 def test_an_interrupted_calibration_goes_on(sweep, tmp_path, monkeypatch, moment):
     """Also of a method whose predictor starts from random weights, which come again as they were."""
@@ -260,25 +360,6 @@ def test_rows_survive_the_file(hits, missing):
     missing = [place for place in missing if place < len(hits)]
     row = Row(Cell("local", 0.1, "calibrated"), hits, missing, 1, 2, 3, 4.5, None, 6.0, "seven")
     assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
-
-
-def test_the_paired_interval_against_published_values():
-    # Agresti, "Categorical Data Analysis", section 10.1: of 1600 voters 944 approved and later 880; 794 both times, 150
-    # only at first, 86 only later; the change is 0.04, 95 % interval 0.021 to 0.059.
-    lost, won, total = 150, 86, 1600
-    before = torch.zeros(total, dtype=torch.bool)
-    after = before.clone()
-    before[:lost] = True
-    after[lost : lost + won] = True
-    drop, (low, high) = paired_drop(before, after)
-    assert drop == pytest.approx(64 / 1600)
-    assert (low, high) == (pytest.approx(0.0211, abs=3e-4), pytest.approx(0.0588, abs=3e-4))
-    assert paired_drop(after, before)[0] == -drop
-    same = paired_drop(before, before)
-    assert same[0] == 0
-    assert same[1][0] < 0 < same[1][1]
-    with pytest.raises(ValueError, match="same images"):
-        paired_drop(before, before[1:])
 
 
 def test_labels_are_numbered_by_the_classes_of_training(classifier, folder_of_images, tmp_path):

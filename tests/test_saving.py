@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import vit_tiny_patch16_224
 
 from sparsifiner import SparsifinerConfig, from_pretrained, save_pretrained, sparsify
@@ -123,6 +124,31 @@ def test_what_timm_was_given_is_saved(name: str, arguments: dict[str, object], t
     with torch.no_grad():
         for got, want in zip(back(x), sparse(x), strict=True):
             assert torch.equal(got, want)
+
+
+def test_how_images_are_prepared_is_saved(tmp_path: Path) -> None:
+    """A model may differ in that from the weights timm has of its name, such as one of a folder or a hub repository."""
+    own = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 0.7}
+    model = small_timm_model(pretrained_cfg_overlay={**own, "crop_mode": "squash", "input_size": (3, 64, 64)})
+    dense = small_timm_model()
+    save_pretrained(sparsify(model), tmp_path)
+    back = from_pretrained(tmp_path)
+    want = resolve_model_data_config(model)
+    assert resolve_model_data_config(back) == want
+    assert {name: want[name] for name in own} == own
+    assert resolve_model_data_config(small_timm_model()) == resolve_model_data_config(dense) != want
+    settings = json.loads((tmp_path / CONFIG_NAME).read_text())
+    del settings["data"]  # as older versions wrote it
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(settings))
+    assert resolve_model_data_config(from_pretrained(tmp_path)) == resolve_model_data_config(dense)
+
+
+def test_weights_of_several_dtypes_are_refused(tmp_path: Path) -> None:
+    sparse = sparsify(small_timm_model()).to(torch.bfloat16)
+    sparse.norm.float()
+    with pytest.raises(ValueError, match=r"bfloat16 \(such as cls_token\) and float32 \(such as norm.weight\); bring"):
+        save_pretrained(sparse, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_layers_given_as_classes_are_saved_by_name_or_refused(tmp_path: Path) -> None:
@@ -246,8 +272,15 @@ def test_names_that_are_no_model(tmp_path: Path) -> None:
         load_model("vit_small_patch14_dinov")
     with pytest.raises(ValueError, match="unknown model 'bultin': did you mean builtin"):
         load_model("bultin")
+    with pytest.raises(ValueError, match="there is no model folder run/model; name one"):
+        load_model("run/model")
     with pytest.raises(ValueError, match="holds no saved model: sparsifiner.json is missing"):
         load_model(str(tmp_path))
+    save_pretrained(sparsify(small_timm_model()), tmp_path)
+    for name in ("builtin", str(tmp_path), "vit_tiny_patch16_224"):
+        for side in (8, 100):
+            with pytest.raises(ValueError, match=f"image size {side} is not a multiple of the model's"):
+                load_model(name, img_size=(side, side), pretrained=name == "builtin")
     with pytest.raises(ValueError, match=r"resnet18 cannot be built with {'img_size': \(64, 64\)}"):
         load_model("resnet18", img_size=(64, 64))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,3 +18,8 @@ def digest(parts: Iterable[str | Tensor]) -> str:
         elif part.numel():
             total.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of the tensors of a state dict."""
+    return digest(part for name in sorted(state) for part in (name, state[name]))

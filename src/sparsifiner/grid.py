@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from .subset import SubsetTiling
@@ -70,6 +71,32 @@ def follow_grid(owner: Any) -> PatchGrid:
     return find_grid(owner) or PatchGrid(
         tuple(embed.grid_size), tuple(getattr(embed, "patch_size", (1, 1))), owner.num_prefix_tokens
     )
+
+
+def check_size(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Refuse a size, rows and columns in pixels, that the patches do not divide; the error names near ones."""
+    if any(side < patch or side % patch for side, patch in zip(size, patch_size, strict=True)):
+        near = []
+        for up in (0, 1):
+            rows, columns = (
+                max(patch, (side // patch + (up and side % patch > 0)) * patch)
+                for side, patch in zip(size, patch_size, strict=True)
+            )
+            near.append(str(rows) if rows == columns else f"{rows}x{columns}")
+        wanted = size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        raise ValueError(
+            f"image size {wanted} is not a multiple of the model's {patch_size[0]}x{patch_size[1]} patches; "
+            f"use {' or '.join(dict.fromkeys(near))}"
+        )
+
+
+def check_image_size(model: Any, size: tuple[int, int]) -> None:
+    """:func:`check_size` for ``model``: timm's patch embeddings leave out the pixels that fill no patch, unless they
+    pad the image."""
+    embed = getattr(model, "patch_embed", None)
+    patch_size = getattr(embed, "patch_size", None)
+    if patch_size is not None and not getattr(embed, "dynamic_img_pad", False):
+        check_size(size, to_2tuple(patch_size))
 
 
 def drop_unused_grids(model: nn.Module) -> None:

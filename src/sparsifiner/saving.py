@@ -18,8 +18,9 @@ from .attention import SparseAttention
 from .baselines import apply_baseline, baseline_parameters, baseline_settings
 from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
-from .digest import digest
+from .digest import state_digest as _fingerprint
 from .files import replacing, write_atomically
+from .grid import check_image_size
 from .messages import one_line
 from .predictors import LowRankPredictor
 from .tokens import TokenPruning, is_pruned, prune_tokens, token_pruning
@@ -33,6 +34,10 @@ _SWITCHES = (
     "training", "grad_checkpointing", "fused_attn", "aug_active", "distilled_training", "token_labels", "mix_token",
 )  # fmt: skip
 """Attributes that say how a model trains and which kernels it runs on, not what it computes."""
+_DATA = (
+    "input_size", "test_input_size", "interpolation", "mean", "std", "crop_pct", "test_crop_pct", "crop_mode",
+)  # fmt: skip
+"""What of timm's ``pretrained_cfg`` says how images are prepared for the model."""
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
@@ -51,7 +56,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
             place: names of layers given as classes, which JSON cannot hold.
 
     Raises:
-        ValueError: if the model is not converted, not a timm model, or the arguments do not rebuild it.
+        ValueError: if the model is not converted, not a timm model, of several dtypes, or the arguments do not
+            rebuild it.
         OSError: if the folder cannot be written.
     """
     layers, pruning, baseline = converted = _conversions(model)
@@ -59,7 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         raise ValueError(f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first")
     architecture = _architecture(model)
     arguments = _model_args(model, model_args)
-    dtype = next(model.parameters()).dtype
+    dtype = _dtype(model)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_rebuilds(model, architecture, arguments)
     settings: dict[str, Any] = {
@@ -67,6 +73,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         "architecture": architecture,
         "model_args": arguments,
         "dtype": str(dtype).removeprefix("torch."),
+        "data": {name: value for name, value in vars(model)["pretrained_cfg"].items() if name in _DATA},
         "config": _common_config([layer.config for layer in layers]).to_dict() if layers else None,
         "token_pruning": None if pruning is None else pruning.to_dict(),
         "baseline": baseline,
@@ -118,6 +125,9 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
         model = _create(settings["architecture"], settings["model_args"], pretrained=delta).to(dtype)
     except Exception as error:
         raise ValueError(f"cannot rebuild {settings['architecture']} for {folder}: {one_line(error)}") from error
+    # Versions that did not save it leave what timm knows of the architecture.
+    for name, value in settings.get("data", {}).items():
+        vars(model)["pretrained_cfg"][name] = tuple(value) if isinstance(value, list) else value
     if delta and _fingerprint(model.state_dict()) != settings["dense_fingerprint"]:
         raise ValueError(
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
@@ -149,6 +159,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
 
 
 def _set_input_size(model: Any, img_size: tuple[int, int]) -> None:
+    check_image_size(model, img_size)
     if not hasattr(model, "set_input_size"):
         raise ValueError(f"{type(model).__name__} cannot change its image size; leave img_size out")
     model.set_input_size(img_size=img_size)
@@ -241,6 +252,18 @@ def _conversions(model: nn.Module) -> tuple[list[SparseAttention], TokenPruning 
     return list(find_sparse_layers(model).values()), pruning, baseline_settings(model)
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The one of all its floating-point tensors; a saved model is made anew in a single one."""
+    first: dict[torch.dtype, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            first.setdefault(tensor.dtype, name)
+    if len(first) > 1:
+        found = " and ".join(f"{str(dtype).removeprefix('torch.')} (such as {name})" for dtype, name in first.items())
+        raise ValueError(f"the weights of {type(model).__name__} are {found}; bring them to one with model.to(dtype)")
+    return next(iter(first))
+
+
 def _basis_grid(layer: SparseAttention) -> list[int] | None:
     """The patch grid a low-rank basis is made for; other predictors have none."""
     return list(layer.predictor.grid) if isinstance(layer.predictor, LowRankPredictor) else None
@@ -273,11 +296,6 @@ def _local_pretrained(architecture: str, arguments: dict[str, Any], dtype: torch
     if not cached:
         return None
     return _create(architecture, arguments, pretrained=True).to(dtype).state_dict()
-
-
-def _fingerprint(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of the tensors."""
-    return digest(part for name in sorted(state) for part in (name, state[name]))
 
 
 def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Photo:
-    """A decoded picture: its file name and the RGB image as it was taken."""
+    """A decoded picture: its path below the folder and the RGB image as it was taken."""
 
     name: str
     image: Image
@@ -32,7 +32,7 @@ class Photos:
     """Pictures of one folder.
 
     Args:
-        photos: those that could be read, by name.
+        photos: those that could be read.
         skipped: file name and reason of those that could not.
         source: the folder, or what else they are.
     """
@@ -43,9 +43,11 @@ class Photos:
 
 
 def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
-    """Read the pictures of a folder, sorted by name; its subfolders are left alone.
+    """Read the pictures of a folder and of the folders in it, hidden ones aside.
 
-    An unreadable picture is skipped and named in the result; the next one takes its place in ``limit``.
+    They come sorted by name, the first of each folder before the second of any, so that a few of a folder per class
+    are of all classes. An unreadable picture is skipped and named in the result; the next one takes its place in
+    ``limit``.
 
     Args:
         folder: where they lie; jpg, png, webp, bmp or tif.
@@ -60,7 +62,7 @@ def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the folder that holds the images")
     try:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = _pictures(folder)
     except OSError as error:
         raise ValueError(f"the image folder {folder} cannot be read: {error.strerror}") from error
     if not files:
@@ -71,13 +73,28 @@ def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
         if limit is not None and len(photos) == limit:
             break
         try:
-            photos.append(Photo(file.name, _read(file)))
+            photos.append(Photo(_name(file, folder), _read(file)))
         except Exception as error:  # PIL's decoders raise what they like on a broken file
-            skipped[file.name] = _reason(error)
+            skipped[_name(file, folder)] = _reason(error)
     if not photos:
         name, reason = next(iter(skipped.items()))
         raise ValueError(f"none of the {len(files)} images in {folder} can be read; the first is {name}: {reason}")
     return Photos(photos, skipped, str(folder))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    ranked: list[tuple[int, Path]] = []
+    count: dict[Path, int] = {}
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts[:-1])
+        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+            count[file.parent] = count.get(file.parent, -1) + 1
+            ranked.append((count[file.parent], file))
+    return [file for _, file in sorted(ranked)]
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
 
 
 def bundled_photos(limit: int | None = None) -> Photos:
@@ -113,23 +130,6 @@ def preprocess(model: nn.Module, size: tuple[int, int]) -> Callable[[Image], Ten
         return (pixels - mean) / std
 
     return transform
-
-
-def check_size(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
-    """Refuse a size, rows and columns in pixels, that the patches do not divide; the error names near ones."""
-    if any(side < patch or side % patch for side, patch in zip(size, patch_size, strict=True)):
-        near = []
-        for up in (0, 1):
-            rows, columns = (
-                max(patch, (side // patch + (up and side % patch > 0)) * patch)
-                for side, patch in zip(size, patch_size, strict=True)
-            )
-            near.append(str(rows) if rows == columns else f"{rows}x{columns}")
-        wanted = size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"
-        raise ValueError(
-            f"image size {wanted} is not a multiple of the model's {patch_size[0]}x{patch_size[1]} patches; "
-            f"use {' or '.join(dict.fromkeys(near))}"
-        )
 
 
 def read_photo(file: Path) -> Image:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
 from ..convert import conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
+from ..grid import check_size
 from ..models import load_model
 from ..progress import Progress
 from ..tiling import Tiling
 from .crossover import NEVER_WITH_BIAS, BreakEven, break_even
 from .fidelity import measure_fidelity
 from .flops import FlopReport, count_flops
-from .images import Photos, check_size, crop, preprocess
+from .images import Photos, crop, preprocess
 from .latency import compare_latency
 from .maps import attention_maps
 from .memory import PeakMemory, measure_memory

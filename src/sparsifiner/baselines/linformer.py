@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from ..adapters.scored import dense_attention
 from ..adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..attention import refuse_mask
+from ..blocks import reduces_tokens
+from ..checks import number
+from ..config import check_keep_rate
 from ..grid import PatchGrid, follow_grid
 from ..subset import z_order
 
@@ -59,10 +62,17 @@ def linformer(
         inplace: convert ``model`` itself and return it.
 
     Raises:
-        ValueError: if no layer of ``model`` is timm's standard attention, or not exactly one size is given.
+        ValueError: if no layer of ``model`` is timm's standard attention, it prunes or merges tokens, or not exactly
+            one size is given, in its range.
     """
+    number("n_down", n_down, least=1, whole=True, optional=True)
     if (keep_rate is None) == (n_down is None):
         raise ValueError("linformer needs the rows of its projections: give keep_rate or n_down, one of the two")
+    if reduces_tokens(model):  # the projections serve one number of tokens
+        raise ValueError(
+            f"linformer cannot convert {type(model).__name__}: tokens are removed or merged in it; start from the "
+            f"model as it was"
+        )
     names = [name for name, module in model.named_modules() if type(module) is Attention]
     if not names or getattr(model, "patch_embed", None) is None:
         raise ValueError(f"{type(model).__name__} is no Vision Transformer with timm's standard attention")
@@ -70,7 +80,7 @@ def linformer(
         model = copy.deepcopy(model)
     grid = follow_grid(model)
     if keep_rate is not None:
-        n_down = math.ceil(keep_rate * (grid.num_prefix_tokens + grid.num_patches))
+        n_down = math.ceil(check_keep_rate(keep_rate) * (grid.num_prefix_tokens + grid.num_patches))
     assert n_down is not None
     start = average_pooling(grid, max(grid.num_prefix_tokens + 1, n_down))
     for name in names:

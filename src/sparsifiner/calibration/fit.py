@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..analysis.fidelity import compare_features, final_features
 from ..attention import SparseAttention
 from ..blocks import refuse_reduced
+from ..config import SparsifinerConfig
 from ..convert import sparse_layers
 from ..predictors import LowRankPredictor
 from ..progress import Progress, progress_on
@@ -365,11 +366,16 @@ def _size_of(name: str, parameters: dict[str, torch.nn.Parameter]) -> float:
     return weight.detach().square().mean().sqrt().clamp(min=1e-6).item()
 
 
+def has_something_to_fit(config: SparsifinerConfig) -> bool:
+    """Whether calibration changes a layer of these settings, its keep rate aside."""
+    return config.tail is not None or config.predictor == "lowrank"
+
+
 def _check_something_to_fit(layers: dict[str, SparseAttention], keep_rates: KeepRates) -> None:
     configs = [layer.config for layer in layers.values()]
     if keep_rates == "per_layer" and any(config.score_threshold is not None for config in configs):
         raise ValueError("keep_rates='per_layer' needs a budget, but score_threshold keeps any number of keys")
-    if keep_rates == "given" and not any(config.tail or config.predictor == "lowrank" for config in configs):
+    if keep_rates == "given" and not any(map(has_something_to_fit, configs)):
         raise ValueError(
             f"predictor {configs[0].predictor!r} without a tail has nothing to fit; use predictor='lowrank', a tail, "
             f"or keep_rates='per_layer'"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.images import check_size, load_photos, preprocess, read_photo
+from ..analysis.images import load_photos, preprocess, read_photo
 from ..convert import sparse_layers
+from ..grid import check_size
 
 Images = str | Path | Tensor | Sequence[str | Path] | Iterable[Any]
 

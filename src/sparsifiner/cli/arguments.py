@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+OPTIONS = {
+    "data.path": "--data",
+    "data.source": "--source",
+    "data.train_split": "--train-split",
+    "; or set data.val_split=null": "",
+    "data.val_split": "--split",
+    "data.img_size": "--img-size",
+    "data.download=true": "--download",
+}
+"""What the options of a command are called in a recipe, whose words messages use."""
 
 
 def parse_keep_rates(text: str | None) -> tuple[float, ...]:
@@ -45,6 +57,18 @@ def parse_one_size(text: str | None, command: str) -> tuple[int, int] | None:
     if len(sizes) > 1:
         raise ValueError(f"--img-size {text!r} names several sizes; {command} takes one")
     return sizes[0] if sizes else None
+
+
+@contextmanager
+def option_words() -> Iterator[None]:
+    """Errors about the settings of a recipe in the words of a command that has options for them."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for setting, option in OPTIONS.items():
+            text = text.replace(setting, option)
+        raise ValueError(text) from error
 
 
 def _parts(text: str, option: str, example: str) -> list[str]:

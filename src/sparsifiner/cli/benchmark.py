@@ -50,10 +50,10 @@ def benchmark(
     from .. import __version__, cpu
     from ..analysis.benchmark import measure_model, measure_operator
     from ..analysis.crossover import NEVER_WITH_BIAS, break_even
-    from ..analysis.images import check_size
     from ..analysis.report import this_machine
     from ..config import SparsifinerConfig
     from ..convert import sparsify
+    from ..grid import check_size
     from ..progress import progress_on
 
     base = SparsifinerConfig() if config is None else SparsifinerConfig.from_file(config)

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: those of the command line; ``sys.argv`` if None.
     """
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries would break the one line per error
+    _silence_retries()
     app = build_app()
     code: Any
     with warnings.catch_warnings():
@@ -33,6 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if code == INTERRUPTED:  # the parser turns the exception into the code
         _say("interrupted; no half-written file was left")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _silence_retries() -> None:
+    """A download that fails is told in one line, without Hugging Face's own, unless the user has set how much it says.
+
+    The library read the variable when timm imported it; processes started from here will.
+    """
+    if "HF_HUB_VERBOSITY" in os.environ:
+        return
+    from huggingface_hub.utils import logging
+
+    os.environ["HF_HUB_VERBOSITY"] = "error"
+    logging.set_verbosity_error()
 
 
 def _explain(error: Exception) -> int | None:

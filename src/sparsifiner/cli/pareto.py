@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import check_dtype, parse_device, parse_keep_rates, parse_one_size
+from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
 from .console import output_console, say
 from .options import BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def pareto(
+    model: Annotated[
+        str, typer.Option(help="A dense classifier: a timm name, or a folder of train.", metavar="NAME|FOLDER")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to the recipe, such as phases.1.steps=100.", metavar="[NAME=VALUE]..."),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="A dense classifier: a timm name, or a folder of train.", metavar="NAME|FOLDER")
-    ] = "builtin",
     data: DataFolder = None,
     source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split to measure on; '' if the folder is it.")] = "val",
@@ -66,12 +66,14 @@ def pareto(
     from ..training.recipe import DataConfig
     from ..training.recipe_file import load_recipe
 
-    sweep = Sweep(
-        model=model,
-        data=DataConfig(
+    with option_words():
+        images = DataConfig(
             source=source, path=data, train_split=train_split, val_split=split, img_size=size, workers=workers,
             download=download,
-        ),
+        )  # fmt: skip
+    sweep = Sweep(
+        model=model,
+        data=images,
         methods=_names(methods),
         keep_rates=rates,
         stages=_names(stages),
@@ -85,7 +87,7 @@ def pareto(
     )  # fmt: skip
     stderr = Console(stderr=True)
     try:
-        with progress_on(stderr) as progress:
+        with option_words(), progress_on(stderr) as progress:
             rows = run_sweep(sweep, output, progress=progress, say=partial(say, stderr))
     except KeyboardInterrupt:
         say(stderr, "the same command goes on from here")
@@ -105,14 +107,25 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """The table of a sweep."""
+    """The table of a sweep; what is saved of attention as the paper counts, and with every product of the predictor."""
     from rich.table import Table
 
     from ..evaluation.results import table_row
 
-    table = Table()
-    for column in ("method", "keep", "stage", "top-1", "drop, points", "MHSA MMACs", "saved", "ms", "speed-up"):
-        table.add_column(column, justify="left" if column in ("method", "stage") else "right")
+    table = Table(show_edge=False, pad_edge=False, collapse_padding=True)
+    for column in (
+        "method",
+        "keep",
+        "stage",
+        "top-1",
+        "drop, points",
+        "MHSA MMACs",
+        "saved",
+        "in full",
+        "ms",
+        "speed-up",
+    ):
+        table.add_column(column, justify="left" if column in ("method", "stage") else "right", no_wrap=True)
     for row in rows:
         values = table_row(row, rows)
         speed = "" if row.ms is None or row.dense_ms is None else f"{row.dense_ms / row.ms:.2f}x"
@@ -124,6 +137,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             f"{values['drop']:+.2f} [{values['drop_low']:+.2f}, {values['drop_high']:+.2f}]",
             f"{values['mhsa_mmacs']:.1f}",
             f"{values['mhsa_saved']:.0f} %",
+            f"{values['mhsa_full_saved']:.0f} %",
             "" if row.ms is None else f"{row.ms:.1f}",
             speed,
         )

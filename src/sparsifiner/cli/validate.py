@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import check_dtype, parse_device, parse_keep_rates, parse_one_size
+from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
 from .console import output_console, say
 from .options import (
     BatchSize,
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 
 def validate(
-    data: DataFolder = None,
     model: Annotated[
         str,
-        typer.Option(help="A timm model name, or a folder of train, pareto or save_pretrained.", metavar="NAME|FOLDER"),
-    ] = "builtin",
+        typer.Option(
+            help="A classifier: a timm name, or a folder of train, pareto or save_pretrained.", metavar="NAME|FOLDER"
+        ),
+    ],
+    data: DataFolder = None,
     source: DataSource = "folder",
     split: Annotated[str, typer.Option(help="Name of the split; '' if the folder is it.")] = "val",
     img_size: ImageSize = None,
@@ -66,12 +68,12 @@ def validate(
 
     if output is not None:
         check_writable(output.parent)
-    images = DataConfig(
-        source=source, path=data, val_split=split, img_size=size, workers=workers, download=download,
-        val_limit=limit,
-    )  # fmt: skip
     stderr = Console(stderr=True)
-    with progress_on(stderr) as progress:
+    with option_words(), progress_on(stderr) as progress:
+        images = DataConfig(
+            source=source, path=data, val_split=split, img_size=size, workers=workers, download=download,
+            val_limit=limit,
+        )  # fmt: skip
         result = run(
             model,
             images,
@@ -101,21 +103,22 @@ def _print(result: Validation, console: Console) -> None:
     size = "x".join(str(side) for side in result.img_size)
     first = result.rows[0].accuracy
     say(console, f"{result.model}: {first.images} images at {size} px, {result.dtype}")
-    table = Table()
-    for column in ("", "top-1", "95 % interval", "top-5", "loss", "GMACs", "MHSA MMACs", "images/s"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(show_edge=False, pad_edge=False, collapse_padding=True)  # which leaves room for long names
+    for column in ("", "top-1", "95 % interval", "top-5", "loss", "GMACs", "MHSA\nMMACs", "images/s", "speed-up"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in result.rows:
         values = row.to_dict()
         low, high = values["top1_interval"]
         table.add_row(
             row.name,
             f"{values['top1']:.2%}",
-            f"{low:.2%} to {high:.2%}",
+            f"[{100 * low:.2f}, {100 * high:.2f}]",
             f"{values['top5']:.2%}",
             f"{values['loss']:.4f}",
             f"{row.total_macs / 1e9:.2f}",
             f"{row.mhsa_macs / 1e6:.1f}",
             "" if row.images_per_second is None else f"{row.images_per_second:.1f}",
+            "" if row.speed_up is None else f"{row.speed_up:.2f}x",
         )
     console.print(table)
     if result.broken:

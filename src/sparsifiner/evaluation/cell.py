@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.accuracy import paired_drop, wilson_interval
+from ..calibration.fit import has_something_to_fit
 from ..checks import choose
 from ..methods import find_method
 
@@ -41,9 +42,10 @@ class Cell:
         return f"{self.method}-{self.keep_rate:g}-{self.stage}"
 
     @property
-    def sparse(self) -> bool:
-        """Whether its attention is sparse, so that there is something to calibrate."""
-        return find_method(self.method).config is not None
+    def calibratable(self) -> bool:
+        """Whether its attention is sparse and has a predictor or a tail to fit."""
+        config = find_method(self.method).config
+        return config is not None and has_something_to_fit(config(self.keep_rate))
 
     @property
     def learns_predictor(self) -> bool:
@@ -71,6 +73,8 @@ class Row:
         dense_ms: of the dense model, in runs that alternated with these.
         seconds: wall-clock cost of calibrating or training.
         note: what was different from the other cells.
+        weights: digest of the state dict that gave the answers; a row goes on with no other.
+        fit: of a cell that was fitted: digests of the model it started from and of the training images, and the recipe.
     """
 
     cell: Cell
@@ -83,6 +87,8 @@ class Row:
     dense_ms: float | None = None
     seconds: float = 0.0
     note: str = ""
+    weights: str = ""
+    fit: dict[str, Any] | None = None
 
     @property
     def images(self) -> int:

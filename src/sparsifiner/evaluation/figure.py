@@ -33,6 +33,8 @@ def draw_pareto(rows: Iterable[Row], folder: Path) -> list[Path]:
 
     def milliseconds(row: Row) -> float | None:
         """Against the dense runs between its own, so that the machine's drift from row to row does not show."""
+        if row.cell == DENSE and usual:
+            return usual  # not its own copy, which is as many percent off as there is noise
         return None if row.ms is None or row.dense_ms is None else row.ms / row.dense_ms * usual
 
     figures: dict[str, tuple[str, Callable[[Row], float | None]]] = {
@@ -52,11 +54,13 @@ def draw_pareto(rows: Iterable[Row], folder: Path) -> list[Path]:
 
 
 def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes:
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     stages = [stage for stage in STAGES if any(row.cell.stage == stage and row.cell != DENSE for row in rows)]
     methods = [name for name in METHODS if name != DENSE.method and any(row.cell.method == name for row in rows)]
+    colours: Any = colormaps["tab20"]  # dark and light in turn, so a method and its variant without a tail are a pair
     figure = Figure(figsize=(1.8 + 4.2 * len(stages), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(stages), sharex=True, sharey=True, squeeze=False)[0]
@@ -64,18 +68,17 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
     for panel, stage in zip(panels, stages, strict=True):
         low, high = dense.interval
         panel.axhspan(100 * low, 100 * high, color="0.9", zorder=0)
-        panel.plot(value(dense), 100 * dense.top1, "k*", markersize=11, label="dense")
+        panel.plot(value(dense), 100 * dense.top1, "k*", markersize=11, zorder=5, label="dense")
         for row in rows:
             if row.cell.method == DENSE.method and row.cell.stage == stage != DENSE.stage:
                 _line(panel, [row], dense, value, label=f"dense, {stage}", marker="*", color="k")
         for method in methods:
-            number = list(METHODS).index(method)  # so that a method looks the same in every figure
+            number = list(METHODS).index(method) - 1  # so that a method looks the same in every figure
             found = [row for row in rows if row.cell.method == method and row.cell.stage == stage]
             found.sort(key=lambda row: row.cell.keep_rate)
             if found:
                 _line(
-                    panel, found, dense, value, label=method, marker="os^vDPX"[number % 7], color=f"C{number % 10}",
-                    linestyle="-" if number < 10 else "--",
+                    panel, found, dense, value, label=method, marker="os^vDPX"[number % 7], color=colours(number),
                 )  # fmt: skip
         panel.set(xlabel=label, title=stage)
         panel.grid(alpha=0.3)
@@ -94,7 +97,7 @@ def _draw(rows: Sequence[Row], label: str, value: Callable[[Row], Any]) -> bytes
     return image.getvalue()
 
 
-def _line(panel: Any, rows: Sequence[Row], dense: Row, value: Callable[[Row], Any], **looks: str) -> None:
+def _line(panel: Any, rows: Sequence[Row], dense: Row, value: Callable[[Row], Any], **looks: Any) -> None:
     """One method from its lowest keep rate to its highest."""
     drops = [row.drop_from(dense) for row in rows]
     bars = [[100 * (high - drop) for drop, (_, high) in drops], [100 * (drop - low) for drop, (low, _) in drops]]

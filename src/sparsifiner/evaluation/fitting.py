@@ -6,11 +6,16 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..calibration import calibrate
+from ..digest import digest, state_digest
+from ..files import write_atomically
 from ..methods import convert_with
 from ..models import load_model
 from ..progress import Progress
@@ -20,10 +25,12 @@ from ..training.data import Samples, collate
 from ..training.engine import train
 from ..training.randomness import seeded
 from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig, differing_settings
-from ..training.sources import ImageSource, open_source
+from ..training.sources import ImageSource, open_source, source_digest
 from ..training.student import save_model
 from .cell import Cell, Row
 from .sweep import Sweep
+
+FIT_NAME = "fit.json"
 
 
 class CellModels:
@@ -54,15 +61,17 @@ class CellModels:
         """The model of a cell, ready to be measured; what was fitted in an earlier run is read from its folder.
 
         Args:
-            row: of the cell; gets the seconds that fitting took and a note of what was different in it.
+            row: of the cell; gets what it was fitted by, the seconds that took and a note of what was different in it.
         """
         cell = row.cell
+        row.fit = None if cell.stage == "training-free" else self._fit(cell)
         if cell.stage == "fine-tuned":
             if cell.learns_predictor:
                 self._calibrate(cell, row)
             folder = self._folder(cell)
             config, row.note = self._recipe(cell)
             if not (folder / RESULT_NAME).is_file():
+                self._record(cell)
                 start = time.perf_counter()
                 train(config, folder, cpu=self.sweep.device == "cpu", progress=self.tell, say=self.say)
                 row.seconds += time.perf_counter() - start
@@ -74,17 +83,64 @@ class CellModels:
             model = self._converted(cell)
         return model.to(self.sweep.device, self.sweep.dtype).eval()
 
-    def check_recipe(self, cell: Cell) -> None:
-        """Raise a ValueError if ``cell`` was fine-tuned in an earlier run, by another recipe than the sweep's."""
-        folder = self._folder(cell)
-        if cell.stage != "fine-tuned" or not (folder / RESULT_NAME).is_file():
-            return
-        made_by = json.loads((folder / RESULT_NAME).read_text())["recipe"]
-        names = differing_settings(made_by, self._recipe(cell)[0].to_dict())
-        if names:
-            raise ValueError(
-                f"{folder} was trained by another recipe ({', '.join(names)}); name another folder with --output"
-            )
+    def check(self, cell: Cell, row: Row | None) -> None:
+        """Raise a ValueError before the first measurement if ``cell`` cannot be made.
+
+        That is where its method refuses the model, no phase of the recipe suits it, or it was fitted in an earlier
+        run to another model, on other images or by another recipe.
+
+        Args:
+            cell: of the sweep.
+            row: what an earlier run has measured of it.
+        """
+        self._converted(cell)
+        if cell.stage == "fine-tuned" and cell.learns_predictor:
+            self._check_fit(dataclasses.replace(cell, stage="calibrated"), None)
+        if cell.stage != "training-free":
+            self._check_fit(cell, row)
+
+    def _check_fit(self, cell: Cell, row: Row | None) -> None:
+        folder, wanted = self._folder(cell), self._fit(cell)
+        kept = [] if row is None else [row.fit]
+        if folder.exists():
+            file = folder / FIT_NAME
+            kept.append(json.loads(file.read_text()) if file.is_file() else None)
+        for found in kept:
+            if found is None:
+                reason = "was fitted by an older version, which did not record to what; delete it, or"
+            elif found["model"] != wanted["model"]:
+                reason = "was fitted to another model;"
+            elif found["training_images"] != wanted["training_images"]:
+                reason = "was fitted on other training images;"
+            # The model's name does not count: its content has been compared.
+            elif names := set(differing_settings(found["recipe"], wanted["recipe"])) - {"model"}:
+                reason = f"was trained by another recipe ({', '.join(sorted(names))});"
+            else:
+                continue
+            raise ValueError(f"{folder} {reason} name another folder with --output")
+
+    def _fit(self, cell: Cell) -> dict[str, Any]:
+        """What the weights of a fitted cell follow from, as plain values."""
+        return {
+            "model": self.model_digest,
+            "training_images": self._training_digest,
+            "recipe": self._recipe(cell)[0].to_dict() if cell.stage == "fine-tuned" else {},
+        }
+
+    def _record(self, cell: Cell) -> None:
+        """Note in the folder of ``cell`` what it is fitted by, before that begins: it may be interrupted."""
+        self._folder(cell).mkdir(parents=True, exist_ok=True)
+        write_atomically(self._folder(cell) / FIT_NAME, json.dumps(self._fit(cell), indent=1) + "\n")
+
+    @cached_property
+    def model_digest(self) -> str:
+        """Of the weights of the dense model and of how images are prepared for it."""
+        settings = json.dumps(resolve_model_data_config(self.dense))
+        return digest([settings, state_digest(self.dense.state_dict())])
+
+    @cached_property
+    def _training_digest(self) -> str:
+        return source_digest(self._training_images())
 
     def _folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
@@ -104,7 +160,7 @@ class CellModels:
         if (folder / CONFIG_NAME).is_file():  # written last
             return
         start = time.perf_counter()
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._record(dataclasses.replace(cell, stage="calibrated"))
         model = self._converted(cell).to(self.sweep.device)
         calibrate(model, self._calibration_images(), state=folder.with_name("calibration.state"), progress=self.tell)
         save_model(model.cpu(), folder)
@@ -112,10 +168,12 @@ class CellModels:
 
     def _calibration_images(self) -> Tensor:
         """Evenly spaced training images as the validation transform prepares them, ``[B, 3, H, W]``."""
-        data, count = self.sweep.data, self.sweep.calibration_images
-        source = open_source(data.source, data.path, data.train_split, train=True, download=data.download, limit=count)
-        samples = self.samples(source)
+        samples = self.samples(self._training_images(self.sweep.calibration_images))
         return collate([samples[(0, number)] for number in range(len(samples))]).images
+
+    def _training_images(self, limit: int | None = None) -> ImageSource:
+        data = self.sweep.data
+        return open_source(data.source, data.path, data.train_split, train=True, download=data.download, limit=limit)
 
     def _recipe(self, cell: Cell) -> tuple[TrainConfig, str]:
         """The recipe of a cell, from a calibrated model or the dense one, and what was different in it.

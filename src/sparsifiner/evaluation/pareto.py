@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 
 from ..analysis import compare_latency, count_flops
 from ..analysis.accuracy import Batch, count_correct
+from ..digest import state_digest
 from ..files import check_writable
 from ..models import load_model
 from ..progress import Progress
 from ..saving import is_converted
 from ..training.data import Samples, collate, validation_transform
-from ..training.sources import ImageSource, open_validation
+from ..training.sources import ImageSource, open_validation, source_digest
 from .cell import Row, image_order
 from .fitting import CellModels
 from .results import load_rows, save_rows
@@ -75,9 +76,14 @@ class _Run:
             data.source, data.path, data.val_split or "", train_split=data.train_split,
             num_classes=dense.num_classes, download=data.download, limit=None,
         )  # fmt: skip
-        self.purpose = {**sweep.purpose(), "validation_images": len(source)}
-        self.rows = load_rows(folder, self.purpose)
         self.models = CellModels(sweep, folder, self.dense, self._samples, tell, say)
+        self.purpose = {
+            **sweep.purpose(),
+            "validation_images": len(source),
+            "validation_digest": source_digest(source),
+            "model_digest": self.models.model_digest,
+        }
+        self.rows = load_rows(folder, self.purpose)
         self.samples = self._samples(source)
         self.order = image_order(len(source), sweep.seed)[: sweep.num_images].tolist()
 
@@ -89,7 +95,7 @@ class _Run:
     def all_cells(self) -> list[Row]:
         cells = self.sweep.cells()
         for cell in cells:
-            self.models.check_recipe(cell)
+            self.models.check(cell, self.rows.get(cell))
         for cell in cells:
             row = self.rows.get(cell)
             speed_missing = row is None or (row.ms is None and self.sweep.repeats > 0)
@@ -97,10 +103,21 @@ class _Run:
                 continue
             if row is None:
                 row = Row(cell)
-            self._measure(self.models.of(row), row)
+            model = self.models.of(row)
+            row = self._by_these_weights(row, model)
+            self._measure(model, row)
             low, high = row.interval
             self.say(f"{cell.name}: top-1 {row.top1:.2%} ({low:.2%} to {high:.2%}) on {row.images} images")
         return list(self.rows.values())
+
+    def _by_these_weights(self, row: Row, model: nn.Module) -> Row:
+        """``row``, or an empty one for the same cell if its answers are another model's."""
+        weights = state_digest(model.state_dict())
+        if row.hits and row.weights != weights:  # its folder is gone, and fitting again ended elsewhere
+            self.say(f"{row.cell.name}: measured anew, the weights that gave its {len(row.hits)} answers are gone")
+            row = Row(row.cell, seconds=row.seconds, note=row.note, fit=row.fit)
+        row.weights = weights
+        return row
 
     def _measure(self, model: nn.Module, row: Row) -> None:
         """Count, classify the images that are missing, and time."""
@@ -159,4 +176,4 @@ class _Run:
 
     def _keep(self, row: Row) -> None:
         self.rows[row.cell] = row
-        save_rows(self.folder, self.purpose, self.rows.values())
+        save_rows(self.folder, {"model": self.sweep.model, **self.purpose}, self.rows.values())

@@ -14,6 +14,11 @@ from .cell import DENSE, Cell, Row
 
 RESULTS = "pareto.json"
 TABLE = "pareto.csv"
+DIGESTS = {
+    "model_digest": "another model: its weights or its normalisation differ",
+    "validation_digest": "other validation images",
+}
+"""What of a sweep is kept as a digest, and what it means that it differs."""
 
 
 def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell, Row]:
@@ -34,12 +39,16 @@ def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell,
         rows = [Row.from_dict(values) for values in content["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no readable sweep ({error}); name another folder with --output") from error
-    for name, wanted in (purpose or {}).items():
-        if rows and content.get(name) != wanted:
-            raise ValueError(
-                f"{path} holds a sweep with another {name}: {_short(content.get(name))} instead of {_short(wanted)}; "
-                f"name another folder with --output"
-            )
+    for name, wanted in (purpose or {}).items() if rows else ():
+        if name not in content:
+            found = f"a sweep of an older version, which did not record {name}, so nothing can be added to it"
+        elif content[name] == wanted:
+            continue
+        elif name in DIGESTS:
+            found = f"a sweep of {DIGESTS[name]}"
+        else:
+            found = f"a sweep with another {name}: {_short(content[name])} instead of {_short(wanted)}"
+        raise ValueError(f"{path} holds {found}; name another folder with --output")
     return {row.cell: row for row in rows}
 
 
@@ -75,6 +84,7 @@ def table_row(row: Row, rows: Iterable[Row]) -> dict[str, Any]:
         "mhsa_mmacs": round(row.mhsa_macs / 1e6, 2),
         "mhsa_full_mmacs": round(row.mhsa_full_macs / 1e6, 2),
         "mhsa_saved": _percent(1 - row.mhsa_macs / dense.mhsa_macs) if dense.mhsa_macs else "",
+        "mhsa_full_saved": _percent(1 - row.mhsa_full_macs / dense.mhsa_full_macs) if dense.mhsa_full_macs else "",
         "total_gmacs": round(row.total_macs / 1e9, 4),
         "ms": "" if row.ms is None else round(row.ms, 3),
         "dense_ms": "" if row.dense_ms is None else round(row.dense_ms, 3),

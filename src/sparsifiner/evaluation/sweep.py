@@ -21,8 +21,8 @@ class Sweep:
         methods: names of :data:`sparsifiner.methods.METHODS`. The dense model as it is is always measured; naming
             ``dense`` fine-tunes it, too, which shows what the steps alone are worth.
         keep_rates: of each method.
-        stages: any of :data:`STAGES`. Only sparse attention can be calibrated; all methods can be fine-tuned, those
-            with a predictor to learn from where calibration leaves them.
+        stages: any of :data:`STAGES`. Only methods with a predictor or a tail can be calibrated; all can be
+            fine-tuned, those with a predictor to learn from where calibration leaves them.
         recipe: of the fine-tuning; its model, data, teacher and sparsity are those of the sweep and the cell. Phases
             that train a predictor are left out for methods without one.
         num_images: validation images to classify, in one random order for all cells; all if None.
@@ -70,13 +70,12 @@ class Sweep:
             for method in self.methods:
                 rates = (1.0,) if method == DENSE.method else self.keep_rates
                 found = [Cell(method, rate, stage) for rate in rates]
-                cells += [cell for cell in found if stage != "calibrated" or cell.sparse]
+                cells += [cell for cell in found if stage != "calibrated" or cell.calibratable]
         return list(dict.fromkeys(cells))
 
     def purpose(self) -> dict[str, Any]:
         """What all rows of one file must have in common."""
         return {
-            "model": self.model,
             "source": self.data.source,
             "split": self.data.val_split,
             "train_split": self.data.train_split,

@@ -11,7 +11,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..analysis import count_flops, interleave
+from ..analysis import compare_latency, count_flops
 from ..analysis.accuracy import Accuracy, count_correct
 from ..baselines import baseline_settings
 from ..config import SparsifinerConfig
@@ -36,6 +36,7 @@ class ValidationRow:
         total_macs: multiply-adds per image, all of it.
         mhsa_macs: those of attention without its projections, as the paper counts.
         images_per_second: on one batch, median of runs that alternate with the first row's; None if not measured.
+        speed_up: over the first row, by these runs of both, so that the machine's drift does not show; None for itself.
     """
 
     name: str
@@ -43,10 +44,11 @@ class ValidationRow:
     total_macs: int
     mhsa_macs: int
     images_per_second: float | None
+    speed_up: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        own = {name: getattr(self, name) for name in ("name", "total_macs", "mhsa_macs", "images_per_second")}
+        own = {name: value for name, value in vars(self).items() if name != "accuracy"}
         return {**own, **self.accuracy.to_dict()}
 
 
@@ -107,7 +109,7 @@ def validate(
         data: where the images are; ``val_split`` and ``val_limit`` count.
         config: sparse settings for a dense model; the training-free default if None.
         keep_rates: one sparse row each; the settings' own if empty.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; no more than there are.
         dtype: of weights and images.
         device: where to run.
         repeats: interleaved speed measurements; 0 for none.
@@ -142,7 +144,9 @@ def validate(
     size = data.size or tuple(loaded.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
     transform = validation_transform((size[0], size[1]), resolve_model_data_config(loaded))
     samples = Samples(source, transform, 0, replace_broken=False)
-    x = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x = torch.randn(min(batch_size, len(source)), 3, *size, generator=torch.Generator().manual_seed(0)).to(
+        device, dtype
+    )
     variants: list[tuple[nn.Module, float | None]] = [] if dense is None else [(dense, None)]
     variants += [(converted, rate) for rate in keep_rates or (None,)]
     rows: list[ValidationRow] = []
@@ -153,7 +157,7 @@ def validate(
         with always_sparse(variant):
             rows.append(_measure(variants[0][0], variant, samples, x, data.workers, repeats, tell))
         broken.update(rows[-1].accuracy.broken)
-    return Validation(title, rows, (size[0], size[1]), batch_size, str(dtype).removeprefix("torch."), broken)
+    return Validation(title, rows, (size[0], size[1]), len(x), str(dtype).removeprefix("torch."), broken)
 
 
 def _describe(model: nn.Module) -> str:
@@ -191,12 +195,14 @@ def _measure(
     told = partial(_tell_batches, tell, f"{name}: accuracy", len(loader))
     accuracy = count_correct(Cast(variant, x.dtype), loader, x.device, progress=told)
     flops = count_flops(variant, x[:1])
-    speed = None
+    speed = speed_up = None
     if repeats:
         tell(f"{name}: speed", 0, 1)
-        speed = _speed(reference, variant, x, repeats)
+        timings = compare_latency(reference, variant, x, repeats=repeats, warmup=1)
+        speed = len(x) / timings.sparse_median
+        speed_up = None if variant is reference else timings.paired_speedup
         tell(f"{name}: speed", 1, 1)
-    return ValidationRow(name, accuracy, flops.total_macs, flops.mhsa_macs, speed)
+    return ValidationRow(name, accuracy, flops.total_macs, flops.mhsa_macs, speed, speed_up)
 
 
 class Cast(nn.Module):
@@ -212,14 +218,3 @@ class Cast(nn.Module):
 
 def _tell_batches(tell: Progress, stage: str, total: int, done: int) -> None:
     tell(stage, done, total)
-
-
-def _speed(reference: nn.Module, variant: nn.Module, x: Tensor, repeats: int) -> float:
-    """Images per second of ``variant``, its runs alternating with those of ``reference``."""
-
-    @torch.inference_mode()
-    def run(model: nn.Module) -> None:
-        model(x)
-
-    timings = interleave(lambda: run(reference), lambda: run(variant), repeats=repeats, warmup=1)
-    return len(x) / timings.sparse_median

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
+from ..grid import check_image_size
 from ..messages import one_line
 from ..saving import CONFIG_NAME, from_pretrained
 from .builtin import BUILTIN
@@ -48,27 +51,51 @@ def load_model(
         if num_classes is not None and num_classes != model.num_classes:
             model.reset_classifier(num_classes)
         return model.eval()
-    if (Path(name) / TIMM_CONFIG_NAME).is_file():
-        timm_name = f"local-dir:{name}"
-    elif Path(name).is_dir():
-        raise ValueError(f"the folder {name} holds no saved model: {CONFIG_NAME} is missing")
-    else:
-        timm_name = BUILTIN if name == "builtin" else name
-        _check_known(name, timm_name)
+    timm_name = _timm_name(name)
     asked = {"img_size": img_size, "num_classes": num_classes}
     settings: dict[str, Any] = {**(model_args or {}), **{key: v for key, v in asked.items() if v is not None}}
     try:
-        return timm.create_model(timm_name, pretrained=pretrained or "local-dir:" in timm_name, **settings).eval()
+        model = timm.create_model(timm_name, pretrained=pretrained or "local-dir:" in timm_name, **settings).eval()
     except TypeError as error:
         raise ValueError(f"{name} cannot be built with {settings}: {one_line(error)}") from error
     except Exception as error:  # a download can fail in as many ways as there are transports
+        if img_size is not None:  # or the weights are those of another size, and no patch fits into this one
+            check_image_size(_without_weights(timm_name, settings), img_size)
         raise ValueError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
+    if img_size is not None:
+        check_image_size(model, img_size)
+    return model
 
 
-def _check_known(name: str, timm_name: str) -> None:
-    architecture = timm_name.split(".")[0]
-    if timm_name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(architecture):
+def _timm_name(name: str) -> str:
+    """What ``timm.create_model`` calls the model ``name``."""
+    if (Path(name) / TIMM_CONFIG_NAME).is_file():
+        return f"local-dir:{name}"
+    if Path(name).is_dir():
+        raise ValueError(f"the folder {name} holds no saved model: {CONFIG_NAME} is missing")
+    if name == "builtin":
+        return BUILTIN
+    _check_known(name)
+    return name
+
+
+def _without_weights(timm_name: str, settings: Mapping[str, Any]) -> nn.Module | None:
+    """The model at its own size, without memory; None if that fails, too."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(timm_name, **{key: v for key, v in settings.items() if key != "img_size"})
+    except Exception:
+        return None
+
+
+def _check_known(name: str) -> None:
+    architecture = name.split(".")[0]
+    if name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(architecture):
         return
+    if "/" in name or os.sep in name:
+        raise ValueError(
+            f"there is no model folder {name}; name one that train or save_pretrained has written, or hf-hub:{name}"
+        )
     near = difflib.get_close_matches(architecture, [*timm.list_models(), "builtin"], n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names all"
+    hint = f"did you mean {', '.join(near)}?" if near else "it is no folder here, and no model of timm.list_models()"
     raise ValueError(f"unknown model {name!r}: {hint}")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ..analysis.images import as_rgb
+from ..digest import digest
 from ..messages import one_line
 
 if TYPE_CHECKING:
@@ -49,9 +53,7 @@ class FolderSource(ImageSource):
 
     def __init__(self, folder: Path, *, labelled: bool) -> None:
         if not folder.is_dir():
-            raise ValueError(
-                f"the image folder {folder} does not exist; set data.path, data.train_split, data.val_split"
-            )
+            raise ValueError(f"the image folder {folder} does not exist; set data.path")
         if labelled:
             self.classes = class_folders(folder)
             if not self.classes:
@@ -277,6 +279,12 @@ def open_source(
     folder = Path(path or ".").expanduser()
     found: ImageSource
     if source in ("folder", "images"):
+        if split and folder.is_dir() and not (folder / split).is_dir():
+            setting = "data.train_split" if train else "data.val_split"
+            raise ValueError(
+                f"{folder} has no folder {split}; name another one with {setting}, or '' if the images lie in {folder} "
+                f"itself"
+            )
         found = FolderSource(folder / split if split else folder, labelled=source == "folder")
     elif source == "cifar10-png":
         found = CifarPngSource(folder, train=train)
@@ -287,6 +295,26 @@ def open_source(
     if classes is not None and found.classes is not None and found.classes != list(classes):
         found = Renumbered(found, classes)
     return Subset(found, limit) if limit is not None and limit < len(found) else found
+
+
+def source_digest(source: ImageSource, most: int = 64) -> str:
+    """SHA-256 over classes, names, and the labels and pixels of ``most`` images, evenly spaced: tells other images
+    from the same ones in another place without reading all of them."""
+    import numpy
+
+    def parts() -> Iterator[str | Tensor]:
+        yield json.dumps([source.classes, [source.name(number) for number in range(len(source))]])
+        few = Subset(source, min(most, len(source)))
+        for number in range(len(few)):
+            try:
+                pixels = torch.from_numpy(numpy.array(few.image(number)))
+            except Exception as error:  # decoders raise what they like; it counts as missing, mended it is another
+                yield type(error).__name__
+                continue
+            yield json.dumps([few.label(number), list(pixels.shape)])
+            yield pixels
+
+    return digest(parts())
 
 
 def _torchvision(name: str, folder: Path, split: str, *, train: bool, download: bool) -> ImageSource:

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..convert import densify, is_sparse, sparse_layers, sparsify
+from ..files import replacing
 from ..methods import convert_with
 from ..models import load_model
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
@@ -112,4 +113,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as made:
         save_for_hf(model, made, safe_serialization=True)
         for name in ("model.safetensors", "config.json"):
-            os.replace(Path(made) / name, folder / name)
+            with replacing(
+                folder / name
+            ) as temporary:  # which sets the mode: safetensors makes files nobody else reads
+                os.replace(Path(made) / name, temporary)
