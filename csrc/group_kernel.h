@@ -87,6 +87,19 @@ inline void load_rows(const void* const* from, DType dtype, int count, int width
   }
 }
 
+// |a - b|^2 of rows of a multiple of 16 elements; one running sum would wait for each addition.
+inline float square_distance(const float* a, const float* b, int width) {
+  float sum[16] = {};
+  for (int d = 0; d < width; d += 16)
+    for (int lane = 0; lane < 16; ++lane) {
+      const float difference = a[d + lane] - b[d + lane];
+      sum[lane] += difference * difference;
+    }
+  float total = 0.0f;
+  for (float part : sum) total += part;
+  return total;
+}
+
 // nearness[g][s] = x.c - |c|^2 / 2, largest for the nearest centre: |x - c|^2 without what all centres share.
 template <class V>
 inline void measure_nearness(int padded, int width, int count, const NearestBuffers& b) {
@@ -96,9 +109,8 @@ inline void measure_nearness(int padded, int width, int count, const NearestBuff
     float half[together];
     for (int j = 0; j < together; ++j) {
       centre[j] = b.centres[first + j < count ? first + j : count - 1];
-      float square = 0.0f;
-      for (int d = 0; d < width; ++d) square += centre[j][d] * centre[j][d];
-      half[j] = -0.5f * square;
+      const float zero[128] = {};
+      half[j] = -0.5f * square_distance(centre[j], zero, width);
     }
     for (int s = 0; s < padded; s += V::lanes) {
       typename V::F near[together];
@@ -174,16 +186,9 @@ inline void nearest(const NearestTask& t, void* memory) {
 inline void distances(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean,
                       float* out) {
   for (int64_t i = 0; i < count; ++i) {
-    float row[128], sum[16] = {};
+    float row[128];
     const std::size_t offset = static_cast<std::size_t>(i * stride) * (dtype == DType::float32 ? 4 : 2);
     widen_row(static_cast<const char*>(rows) + offset, dtype, static_cast<int>(width), row);
-    for (int64_t d = 0; d < width; d += 16)
-      for (int lane = 0; lane < 16; ++lane) {
-        const float difference = row[d + lane] - mean[d + lane];
-        sum[lane] += difference * difference;
-      }
-    float total = 0.0f;
-    for (float part : sum) total += part;
-    out[i] = __builtin_sqrtf(total);
+    out[i] = __builtin_sqrtf(square_distance(row, mean, static_cast<int>(width)));
   }
 }
