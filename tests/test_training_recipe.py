@@ -69,6 +69,23 @@ def test_published_weights_come_from_a_file(tmp_path):
         assert torch.equal(teacher.state_dict()[name], value)
 
 
+@pytest.mark.parametrize(
+    ("names", "teacher", "asked"),
+    [
+        (["attn_recon", "cls_distill", "attn_recon"], "same", [False, True, True]),  # the student has changed by then
+        (["attn_recon", "attn_recon"], "same", [False, False]),
+        (["cls", "attn_recon"], "same", [False, True]),
+        (["attn_recon", "joint"], "other", [True, True]),
+        (["attn_recon", "cls"], "none", [False, False]),
+        (["attn_self_distill"], "same", [True]),
+    ],
+)
+def test_a_teacher_is_asked_unless_attention_is_its_own(names, teacher, asked):
+    phases = [{"name": name, "steps": 1} for name in names]
+    config = recipe(phases=phases, teacher=teacher, sparsity={"preset": "paper"})
+    assert [student_module.needs_teacher(config, number) for number in range(len(phases))] == asked
+
+
 def test_a_recipe_survives_the_way_to_json_and_back():
     for path in RECIPES:
         config = load_recipe(path)

@@ -168,7 +168,7 @@ class Run:
         scheduler = make_scheduler(plain_optimizer, phase, self.updates_per_epoch)
         if resumed is not None and resumed.optimizer is not None:
             plain_optimizer.load_state_dict(resumed.optimizer)
-        teacher = self.teacher if needs_teacher(config, phase) else None
+        teacher = self.teacher if needs_teacher(config, number) else None
         plain_objective = Objective(self.student, teacher, phase.losses, config.augment.label_smoothing)
         objective, optimizer = accelerator.prepare(plain_objective, plain_optimizer)
         if resumed is not None and resumed.scaler is not None and accelerator.scaler is not None:
