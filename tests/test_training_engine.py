@@ -16,6 +16,7 @@ from sparsifiner.training import engine, train
 from sparsifiner.training.data import Samples
 from sparsifiner.training.phases import set_training_mode
 from sparsifiner.training.recipe_file import from_dict
+from sparsifiner.training.student import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -157,6 +158,22 @@ def test_half_precision_and_reduced_learning(recipe, tmp_path):
     assert before == {0: 1, 1: 1}
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
     assert {"ce", "kl", "token_mse", "attn_self_distill"} <= result.history[-3].keys()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_student_and_a_teacher_saved_in_half_precision_train_in_single(precision, recipe, tiny_vit, tmp_path):
+    half = tiny_vit(embed_dim=24, num_heads=2, num_classes=3).to(torch.bfloat16)
+    student = sparsifiner.sparsify(half, sparsifiner.SparsifinerConfig.paper(0.3))
+    sparsifiner.save_pretrained(student, tmp_path / "student")
+    save_model(half, tmp_path / "teacher")
+    config = recipe(
+        model=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), sparsity="saved", model_args={},
+        precision=precision, phases=[{"name": "joint", "steps": 1, "lr": 1e-6}],
+    )  # fmt: skip
+    train(config, tmp_path / "out", cpu=True)
+    weight = weights(tmp_path / "out")["blocks.0.mlp.fc1.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.to(torch.bfloat16).float())  # the small step has not rounded away
 
 
 def test_only_what_a_phase_trains_changes(recipe, tmp_path):

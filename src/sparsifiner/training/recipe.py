@@ -239,7 +239,7 @@ class TrainConfig:
         augment: their random changes.
         batch_size: images per process and forward pass.
         accumulation: forward passes per optimiser step.
-        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast; the weights are float32 always.
         optimizer: a name of timm's.
         weight_decay: on matrices; biases and norms have none.
         clip_grad: largest norm of the gradient, or None.

@@ -21,7 +21,9 @@ from .recipe import TEACHER_LOSSES, TrainConfig
 
 
 def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, nn.Module | None]:
-    """The student, and the dense teacher where the recipe's losses need one.
+    """The student, and the dense teacher where the recipe's losses need one, both in float32.
+
+    A folder may hold half precision. Small updates would round away in it, and ``precision`` says what is computed in.
 
     Args:
         config: the recipe.
@@ -36,7 +38,7 @@ def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Modul
         num_classes=num_classes,
         pretrained=config.pretrained,
         model_args=config.model_args,
-    )
+    ).float()
     if is_converted(base) and not is_sparse(base):
         raise ValueError(f"{config.model} is pruned or a baseline; name the dense model it was made from")
     saved = is_sparse(base)
@@ -61,7 +63,7 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
     if not any(needs_teacher(config, number) for number in range(len(config.phases))):
         return None
     if config.teacher != "same":
-        return load_model(config.teacher, img_size=config.data.size)
+        return load_model(config.teacher, img_size=config.data.size).float()
     if (
         config.pretrained
         and base.num_classes != _trained_classes(config, base)
