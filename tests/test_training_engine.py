@@ -334,7 +334,7 @@ def test_every_phase_is_checked_before_the_first_one_trains(recipe, tmp_path):
     steps = []
     for changes, words in [
         ({"keep_rate": [0.2, 0.3, 0.4]}, "phase joint: keep_rate has 3 entries but 2 layers"),
-        ({"train": "head", "losses": {"token_mse": 1.0}}, "phase joint: train is head, but VisionTransformer has none"),
+        ({"train": "head", "losses": {"kl": 1.0}}, "phase joint: train is head, but VisionTransformer has none"),
     ]:
         first = {"name": "attn_recon", "steps": 1}
         config = recipe(phases=[first, {"name": "joint", "steps": 1, **changes}], model_args={**TINY, "num_classes": 0})

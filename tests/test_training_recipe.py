@@ -25,6 +25,11 @@ def recipe(**changes):
     return from_dict({"phases": [CLS], "sparsity": None, **changes})
 
 
+def phase(name, **settings):
+    """Changes of a recipe that train the paper's sparse model in one phase."""
+    return {"phases": [{"name": name, "epochs": 1, **settings}], "sparsity": {"preset": "paper"}}
+
+
 @pytest.mark.parametrize("name", ["deit_small_imagenet", "lvvit_s_imagenet", "lvvit_m_imagenet"])
 def test_the_papers_runs_are_to_the_letter(name):
     config = load_recipe(Path(__file__).parents[1] / "recipes" / f"{name}.yaml")
@@ -124,6 +129,13 @@ def test_overrides_reach_every_level():
         ({"phases": [{"name": "attn_recon", "epochs": 1}], "sparsity": {}}, "predictor is 'pooled'"),
         ({"phases": [{**CLS, "losses": {"ratio": 1}}], "sparsity": {"preset": "paper"}}, "score_threshold"),
         ({"phases": [{"name": "cls_distill", "epochs": 1}], "teacher": "none"}, "teacher is none"),
+        (phase("cls_distill", losses={"l1_basis": 1}), "trains the backbone, which l1_basis cannot; set train to pred"),
+        (phase("cls", train="predictor", losses={"ce": 1}), "trains the predictor, which ce cannot; set train to back"),
+        (phase("joint", train="head", losses={"token_mse": 1}), "trains the head, which token_mse cannot"),
+        (phase("attn_recon", train="backbone"), "trains the backbone, which attn_recon cannot"),
+        (phase("attn_recon", train="head"), "trains the head, which attn_recon cannot"),
+        (phase("joint", train="backbone"), "trains the backbone, which attn_recon cannot"),
+        (phase("joint", losses={"ce": 1, "least_k": 1}, keep_rate=[1, 1]), "least_k of phase joint needs a keep_rate"),
         ({"sparsity": {"keep_rat": 0.1}}, "keep_rate"),
         ({"sparsity": "yes"}, "saved, or null"),
         ({"precision": "fp8"}, "choose one of"),
@@ -153,6 +165,18 @@ def test_a_wrong_recipe_is_refused_in_one_line(changes, words):
         recipe(**changes)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_loss_that_reaches_one_thing_that_learns_is_enough():
+    offset = {"predictor": "lowrank", "tail_offset": True}
+    for accepted in (
+        {**phase("cls", train="predictor", losses={"ce": 1}), "sparsity": offset},  # through the tail's offset
+        phase("cls_distill", train="head"),
+        phase("joint", train="predictor"),
+        phase("joint", losses={"least_k": 1}, keep_rate=[1, 0.5]),
+        phase("attn_recon", train="all"),
+    ):
+        assert recipe(**accepted).phases
 
 
 def test_overrides_that_lead_nowhere_are_refused(tmp_path):

@@ -1,8 +1,9 @@
-"""Recipes as YAML, and what the command line changes in them."""
+"""Recipes as YAML, what the command line changes in them, and in what two of them differ."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 from ..checks import choose
 from ..messages import one_line
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
+
+WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
 
 T = TypeVar("T")
 
@@ -111,3 +114,18 @@ def _item(place: list[Any], part: str, name: str) -> Any:
     if not part.isdigit() or int(part) >= len(place):
         raise ValueError(f"{name}: {part!r} must be a number below {len(place)}, the entries there are")
     return place[int(part)]
+
+
+def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names such as ``data.val_split`` in which two recipes, as plain values, would give different results."""
+    different = _flat(one).items() ^ _flat(other).items()
+    return sorted({name for name, _ in different} - WITHOUT_CONSEQUENCE)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``{"data.path": "..."}``, values as JSON."""
+    if isinstance(values, dict) and values:
+        return {k: v for name, item in values.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return {k: v for n, item in enumerate(values) for k, v in _flat(item, f"{prefix}.{n}").items()}
+    return {prefix: json.dumps(values)}
