@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import sparsifiner
 from sparsifiner import SparsifinerConfig
 from sparsifiner.predictors import build_predictor
+from sparsifiner.subset import SubsetTiling
 from sparsifiner.tiling import Tiling
 from sparsifiner.training import losses
 from sparsifiner.training.objective import Objective
@@ -94,6 +95,16 @@ def test_least_scores_and_basis_size():
     kept = -(-65 // 4)
     assert torch.allclose(losses.least_scores(predictor, q, k, tiling), rows[..., : 65 - kept].abs().mean(), rtol=1e-5)
     assert losses.basis_size(predictor).item() == pytest.approx(predictor.w_up.abs().mean().item())
+
+
+def test_least_scores_spare_what_is_kept_of_a_pruned_image_and_the_prefix():
+    predictor, q, k, _ = setting()
+    positions = torch.arange(0, 64, 4).expand(2, -1)
+    tiling = SubsetTiling.of(positions, (8, 8), (1, 1), 1, 17)  # 17 of 65 tokens are left, and as many are kept
+    assert losses.least_scores(predictor, q[:, :, :17], k[:, :, :17], tiling) == 0
+    predictor, q, k, tiling = setting(keep_prefix=True)
+    rows = scores_of(predictor, q, k, tiling)[..., 1:].sort(dim=-1).values
+    assert torch.allclose(losses.least_scores(predictor, q, k, tiling), rows[..., :48].abs().mean(), rtol=1e-5)
 
 
 def test_the_ratio_loss_drives_the_kept_share_to_the_keep_rate():
