@@ -244,6 +244,7 @@ def test_what_does_not_fit_is_refused_before_training(recipe, folder_of_images, 
         ({"num_classes": 2}, "the data has 3 classes"),
         ({"model": "vit_tini_patch16_224"}, "did you mean"),
         ({"trackers": ["wandb"]}, "wandb is not installed"),
+        ({"precision": "fp16"}, "fp16 does not work on a CPU; set precision=bf16"),
     ]:
         with pytest.raises(ValueError, match=words):
             train(recipe(**changes), tmp_path / "new", cpu=True)
