@@ -3,102 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import TINY, same, weights
 
 import sparsifiner
-from sparsifiner.models import load_model
 from sparsifiner.training import engine, train
-from sparsifiner.training.data import Samples
 from sparsifiner.training.phases import set_training_mode
 from sparsifiner.training.recipe_file import from_dict
 from sparsifiner.training.student import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-
-
-@pytest.fixture
-def recipe(folder_of_images):
-    """A recipe of every random ingredient: 24 images, three optimiser steps an epoch."""
-
-    def make(**changes):
-        return from_dict(
-            {
-                "model": "vit_tiny_patch16_224",
-                "pretrained": False,
-                "model_args": {**TINY, "drop_path_rate": 0.2, "proj_drop_rate": 0.1},
-                "sparsity": {"preset": "paper", "keep_rate": 0.3},
-                "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_limit": 6},
-                "batch_size": 4,
-                "accumulation": 2,
-                "ema_decay": 0.9,
-                "log_every": 1,
-                "checkpoint_every": 2,
-                "eval_every": 0,
-                "clip_grad": 1.0,
-                "phases": [
-                    {"name": "attn_recon", "steps": 2, "lr": 1e-3},
-                    {"name": "joint", "epochs": 1.5, "lr": 1e-3, "warmup": 0.5},
-                ],
-                **changes,
-            }
-        )
-
-    return make
-
-
-def weights(folder, name="model"):
-    return load_model(str(folder / name)).state_dict()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Killed(BaseException):
-    """Nothing in the library catches it, as nothing catches a signal."""
-
-
-def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(recipe, tmp_path, monkeypatch):
-    config = recipe()
-    train(config, tmp_path / "whole", cpu=True)
-    plain = Samples.__getitem__
-    draw = random.Random(7)
-    left = [0]
-
-    def dying(self, place):
-        left[0] -= self.replace_broken  # training images only; there are 48 in all
-        if self.replace_broken and left[0] == 0:
-            raise Killed
-        return plain(self, place)
-
-    monkeypatch.setattr(Samples, "__getitem__", dying)
-    kills = 0
-    for _ in range(20):
-        left[0] = draw.randint(5, 30) if kills < 5 else -1
-        torch.manual_seed(draw.randint(0, 1000))  # what a new process starts with is of no account
-        random.seed(draw.randint(0, 1000))
-        try:
-            result = train(config, tmp_path / "resumed", cpu=True)
-            break
-        except Killed:
-            kills += 1
-    assert kills >= 2
-    for name in ("model", "ema"):
-        assert same(weights(tmp_path / "whole", name), weights(tmp_path / "resumed", name)), name
-    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "whole", "ema"))
-    history = json.loads((tmp_path / "whole" / "history.json").read_text())
-    assert result.history == history
-    trained = [entry for entry in history if "lr" in entry]
-    assert [(entry["phase"], entry["update"]) for entry in trained] == [(0, 1), (0, 2)] + [(1, n) for n in range(1, 5)]
-    # A finished run that is started again changes nothing.
-    train(config, tmp_path / "resumed", cpu=True)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 
 def test_the_seed_decides_and_the_callers_randomness_is_left_alone(recipe, tmp_path):
@@ -299,36 +217,6 @@ def test_validation_that_the_head_does_not_allow_is_said_to_be_skipped(recipe, t
     result = train(recipe(phases=phases), tmp_path, cpu=True, say=said.append)
     assert result.accuracy == {}
     assert sum("head is for 1000 classes and the data has 3; " in line for line in said) == 1
-
-
-def test_the_gradient_scaler_lives_on_from_phase_to_phase(recipe, tmp_path, monkeypatch):
-    """One on the CPU, of powers of two, which change no bit of the gradients."""
-    plain = engine.make_accelerator
-    live = []
-
-    def scaling(*arguments, **settings):
-        accelerator = plain(*arguments, **settings)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-        live.append(accelerator.scaler)
-        return accelerator
-
-    def die(number, update):
-        if number == 1:
-            raise Killed
-
-    monkeypatch.setattr(engine, "make_accelerator", scaling)
-    phases = [{"name": "attn_recon", "steps": 3}, {"name": "cls", "steps": 3}]
-    config = recipe(phases=phases, checkpoint_every=100, data={**recipe().to_dict()["data"], "limit": 80})
-    train(config, tmp_path / "whole", cpu=True)
-    with pytest.raises(Killed):
-        train(config, tmp_path / "resumed", cpu=True, on_update=die)
-    saved = torch.load(tmp_path / "resumed" / "checkpoint.pt", weights_only=True)
-    assert (saved["phase"], saved["update"]) == (1, 0)
-    assert (saved["scaler"]["scale"], saved["scaler"]["_growth_tracker"]) == (16.0, 1)
-    train(config, tmp_path / "resumed", cpu=True)
-    assert live[2].state_dict() == live[0].state_dict()
-    assert live[2].get_scale() == 64.0
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 
 def test_every_phase_is_checked_before_the_first_one_trains(recipe, tmp_path):
