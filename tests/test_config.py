@@ -60,7 +60,7 @@ def test_round_trips(tmp_path: Path) -> None:
     for config in (SparsifinerConfig(), SparsifinerConfig.paper(), SparsifinerConfig(keep_rate=(0.1, 0.2), tail=None)):
         assert SparsifinerConfig.from_dict(config.to_dict()) == config
     file = tmp_path / "config.yaml"
-    file.write_text("preset: paper\nkeep_rate: [0.5, 0.25]\ncoef_topk: null\ncoef_threshold: 0.05\n")
+    file.write_text("preset: paper\nkeep_rate: [5e-1, 0.25]\ncoef_topk: null\ncoef_threshold: 0.05\n")
     want = SparsifinerConfig.paper(keep_rate=(0.5, 0.25), coef_topk=None, coef_threshold=0.05)
     assert SparsifinerConfig.from_file(file) == want
 

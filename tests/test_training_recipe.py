@@ -97,6 +97,24 @@ def test_a_recipe_survives_the_way_to_json_and_back():
         assert from_dict(json.loads(json.dumps(config.to_dict()))) == config, path
 
 
+def test_numbers_with_an_exponent_are_numbers_at_every_level(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("phases: [{name: attn_recon, steps: 1, losses: {attn_recon: 1e-2}, lr: 1E3}]\nmodel: 1e-2b\n")
+    config = load_recipe(
+        path,
+        [
+            "sparsity={preset: paper, keep_rate: 1e-1, basis_threshold: .2e-1}",
+            "augment.crop_scale=[5.e-1, 1]",
+            "phases.0.keep_rate=[1e-1, 2e-1]",
+            "weight_decay=5e-2",
+        ],
+    )
+    phase = config.phases[0]
+    assert (phase.losses, phase.lr, phase.keep_rate) == ({"attn_recon": 0.01}, 1000.0, (0.1, 0.2))
+    assert (config.sparse_config().keep_rate, config.sparse_config().basis_threshold) == (0.1, 0.02)
+    assert (config.augment.crop_scale, config.weight_decay, config.model) == ((0.5, 1), 0.05, "1e-2b")
+
+
 def test_overrides_reach_every_level():
     path = RECIPES[0]
     config = load_recipe(
@@ -146,6 +164,7 @@ def test_overrides_reach_every_level():
         ({"data": {"source": "floppy"}}, "data.source 'floppy' is unknown"),
         ({"trackers": ["tensorbord"]}, "did you mean 'tensorboard'"),
         ({"trackers": "tensorbord"}, "did you mean 'tensorboard'"),
+        ({"trackers": 3}, "trackers must be names such as [tensorboard], got 3"),
         ({"phases": [{**CLS, "losses": ["ce"]}]}, "must be weights, as {ce: 1.0}, got ['ce']"),
         ({"phases": [{**CLS, "losses": None}]}, "must be weights, as {ce: 1.0}, got None"),
         ({"data": {"path": 2024}}, "data.path must be text, got 2024"),

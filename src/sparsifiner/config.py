@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from .checks import choose, flag, number
 from .messages import one_line
+from .yaml12 import load_yaml
 
 PredictorName = Literal["pooled", "lowrank", "oracle", "local", "strided", "random"]
 PREDICTORS: tuple[str, ...] = get_args(PredictorName)
@@ -180,7 +181,7 @@ class SparsifinerConfig:
         path = Path(path)
         try:
             text = path.read_text()
-            settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            settings = json.loads(text) if path.suffix == ".json" else load_yaml(text)
         except OSError as error:
             raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
         except (ValueError, yaml.YAMLError) as error:

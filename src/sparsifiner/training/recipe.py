@@ -290,7 +290,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
-        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers or ())
+        trackers = (self.trackers,) if isinstance(self.trackers, str) else _tuple(self.trackers or ())
+        if not isinstance(trackers, tuple):
+            raise ValueError(f"trackers must be names such as [tensorboard], got {trackers!r}")
         object.__setattr__(self, "trackers", trackers)
         if not self.phases:
             raise ValueError(f"a recipe needs phases; choose from {', '.join(PHASES)}")

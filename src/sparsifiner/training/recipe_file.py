@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ..checks import choose
 from ..messages import one_line
+from ..yaml12 import load_yaml
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
 
 WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
@@ -32,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     path = Path(path)
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = load_yaml(path.read_text())
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -62,24 +63,12 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
 def _make(kind: type[T], settings: Any, where: str) -> T:
     if not isinstance(settings, Mapping):
         raise ValueError(f"{where} must hold named settings, got {settings!r}")
-    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = tuple(item.name for item in dataclasses.fields(kind))  # type: ignore[arg-type]
     for name in settings:
-        choose(f"setting {where + '.' if where else ''}{name}:", name, tuple(fields))
-    values = dict(settings)
-    for name, value in values.items():
-        if isinstance(value, str) and "float" in str(fields[name].type):
-            values[name] = _number(value)
-    if "name" in fields and "name" not in values:
+        choose(f"setting {where + '.' if where else ''}{name}:", name, fields)
+    if "name" in fields and "name" not in settings:
         raise ValueError(f"{where}: an entry has no name")
-    return kind(**values)
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 takes 1e-4 for text; where a number is due it is one."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return kind(**settings)
 
 
 def _override(settings: dict[str, Any], override: str) -> None:
@@ -89,7 +78,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise ValueError(f"{override!r} is not an override; write name=value, such as data.path=photos")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
     *outer, last = name.split(".")
