@@ -52,7 +52,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(recipe, tmp_p
     trained = [entry for entry in history if "lr" in entry]
     assert [(entry["phase"], entry["update"]) for entry in trained] == [(0, 1), (0, 2)] + [(1, n) for n in range(1, 5)]
     # A finished run that is started again changes nothing.
-    train(config, tmp_path / "resumed", cpu=True)
+    assert train(config, tmp_path / "resumed", cpu=True).history == history
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 

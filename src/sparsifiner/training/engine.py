@@ -320,7 +320,9 @@ class Run:
             found[name] = dataclasses.replace(accuracy, broken=self._of_all_processes(accuracy.broken))
             self._note_broken(found[name].broken, self.val_broken, "validation image", "it is left out")
             values = found[name].to_dict()
-            self.history.append({"phase": number, "update": done, "validated": name, **values})
+            place = {"phase": number, "update": done, "validated": name}
+            # A finished run that is started again is validated again.
+            self.history = [old for old in self.history if not place.items() <= old.items()] + [{**place, **values}]
             shown = {f"{name}/{key}": values[key] for key in ("top1", "top5", "loss")}
             self.accelerator.log(shown, step=self._global(number, done))
             low, high = values["top1_interval"]
@@ -345,6 +347,7 @@ class Run:
 
     def _save(self, phase: int, update: int, optimizer: torch.optim.Optimizer | None) -> None:
         self._average_statistics()
+        self.broken = self._of_all_processes(self.broken)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             checkpoint = Checkpoint(
@@ -378,7 +381,6 @@ class Run:
         if accuracy is None:
             last = len(self.config.phases) - 1
             accuracy = self._validate(last, self.config.phases[last].num_updates(self.updates_per_epoch), "end")
-        self.broken = self._of_all_processes(self.broken)
         if self.accelerator.is_main_process:
             for name, model in models.items():
                 save_model(model, self.folder / name)
