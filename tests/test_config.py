@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsifiner import SparsifinerConfig
+from sparsifiner.config import num_kept
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.0001, "0.1", True, float("nan"), None])
@@ -44,6 +45,16 @@ def test_keep_rates_outside_the_unit_interval_are_refused(rate: object) -> None:
 def test_bad_settings_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparsifinerConfig(**changes)
+
+
+def test_the_number_kept_is_the_ceiling_of_the_decimal_product() -> None:
+    for total in (1, 7, 30, 100, 197, 400, 4096, 16385):
+        for percent in range(1, 101):
+            assert num_kept(percent / 100, total) == -(-percent * total // 100), (percent, total)
+        for tenth in range(1, 10):
+            for power in (2, 3):
+                assert num_kept((tenth / 10) ** power, total) == -(-(tenth**power) * total // 10**power)
+    assert num_kept(1e-12, 5) == 1
 
 
 def test_paper_settings() -> None:

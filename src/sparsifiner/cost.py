@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .config import SparsifinerConfig
+from .config import SparsifinerConfig, num_kept
 from .tiling import Tiling
 
 # Sparse must be predicted to take less than this share of dense: the model of the cost is 15 to 25 % off.
@@ -85,7 +85,7 @@ def predicted_share(
     """
     assert isinstance(config.keep_rate, float)
     costs = _COSTS[dtype]
-    kept = math.ceil(config.keep_rate * (tiling.num_patches + tiling.num_missing))
+    kept = num_kept(config.keep_rate, tiling.num_patches + tiling.num_missing)
     keys = min(kept, tiling.num_patches) + tiling.num_prefix_tokens
     if config.tail is not None:
         keys += tiling.regions(config.tail).num_tiles

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from timm.layers.attention import Attention
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters.scored import dense_attention
 from ..adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..attention import refuse_mask
+from ..config import num_kept
 from ..grid import PatchGrid, follow_grid
 from ..subset import z_order
 
@@ -70,7 +70,7 @@ def linformer(
         model = copy.deepcopy(model)
     grid = follow_grid(model)
     if keep_rate is not None:
-        n_down = math.ceil(keep_rate * (grid.num_prefix_tokens + grid.num_patches))
+        n_down = num_kept(keep_rate, grid.num_prefix_tokens + grid.num_patches)
     assert n_down is not None
     start = average_pooling(grid, max(grid.num_prefix_tokens + 1, n_down))
     for name in names:
