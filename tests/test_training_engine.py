@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, same, weights
 
 import sparsifiner
-from sparsifiner.training import engine, train
+from sparsifiner.training import engine, losses, train
 from sparsifiner.training.phases import set_training_mode
 from sparsifiner.training.recipe_file import from_dict
 from sparsifiner.training.student import save_model
@@ -74,6 +74,8 @@ def test_half_precision_and_reduced_learning(recipe, tmp_path):
 
     result = train(recipe(precision="bf16", phases=phases), tmp_path / "out", cpu=True, on_update=note)
     assert before == {0: 1, 1: 1}
+    train(recipe(phases=phases), tmp_path / "single", cpu=True)
+    assert not same(weights(tmp_path / "out"), weights(tmp_path / "single"))
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
     assert {"ce", "kl", "token_mse", "attn_self_distill"} <= result.history[-3].keys()
 
@@ -107,6 +109,42 @@ def test_only_what_a_phase_trains_changes(recipe, tmp_path):
     assert any(".predictor." in name for name in head)
     both = {name for name in names if torch.equal(started["head"][name], started["backbone"][name])}
     assert both == {name for name in names if ".predictor." in name}
+
+
+def one_step(recipe, output, **changes):
+    """The weights after one step of ``cls``, and their average."""
+    phase = {"name": "cls", "steps": 1, "lr": 1e-2, "warmup": 0}
+    data = {**recipe().to_dict()["data"], "val_split": None}
+    train(recipe(phases=[phase], data=data, **changes), output, cpu=True)
+    return weights(output), weights(output, "ema")
+
+
+def test_the_moving_average_and_its_warm_up(recipe, tmp_path):
+    model, start = one_step(recipe, tmp_path / "start", ema_decay=1.0)  # never moves
+    assert not same(model, start)
+    assert same(*one_step(recipe, tmp_path / "warm", ema_decay=0.9, ema_warmup=True))
+    again, average = one_step(recipe, tmp_path / "cold", ema_decay=0.9)
+    assert same(again, model)
+    for name, value in average.items():
+        assert torch.allclose(value, 0.9 * start[name] + 0.1 * model[name], atol=1e-6), name
+
+
+def test_the_gradient_is_clipped_to_its_norm(recipe, tmp_path):
+    model, start = one_step(recipe, tmp_path, ema_decay=1.0, optimizer="sgd", weight_decay=0, clip_grad=0.1)
+    step = sum(float((model[name] - start[name]).square().sum()) for name in model) ** 0.5
+    assert step == pytest.approx(1e-2 * 1.9 * 0.1, rel=1e-2)  # timm's sgd has Nesterov's momentum of 0.9
+
+
+def test_labels_that_are_not_mixed_are_smoothed(recipe, tmp_path, monkeypatch):
+    plain, seen = losses.cross_entropy, []
+
+    def noting(logits, target, smoothing):
+        seen.append((target.dtype, smoothing))
+        return plain(logits, target, smoothing)
+
+    monkeypatch.setattr(losses, "cross_entropy", noting)
+    one_step(recipe, tmp_path, augment={"mixup": 0, "cutmix": 0, "label_smoothing": 0.3})
+    assert set(seen) == {(torch.int64, 0.3)}
 
 
 def test_broken_images_are_reported_and_replaced(recipe, folder_of_images, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from sparsifiner import SparsifinerConfig, sparsify
 from sparsifiner.training import phases as phases_module
 from sparsifiner.training import student as student_module
 from sparsifiner.training import train
@@ -277,6 +278,21 @@ def test_every_recipe_runs_at_tiny_size(path, folder_of_images, tmp_path, monkey
     for entry in trained:
         assert plain.phases[entry["phase"]].losses.keys() <= entry.keys()
     assert (result.ema is not None) == (plain.ema_decay is not None)
+
+
+def test_only_matrices_decay(tiny_vit):
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(predictor="lowrank", tail_offset=True))
+    phase = PhaseConfig("cls", steps=1, train="all")
+    phases_module.enter_phase(sparse, phase)
+    groups = phases_module.make_optimizer(sparse, TrainConfig((phase,), weight_decay=0.07), phase).param_groups
+    names = {id(parameter): name for name, parameter in sparse.named_parameters()}
+    decay = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decay.keys() == set(names.values())
+    assert {decay[name] for name in names.values() if sparse.get_parameter(name).ndim < 2} == {0.0}
+    assert decay["cls_token"] == decay["pos_embed"] == 0.0
+    for name in ("head.weight", "blocks.0.attn.qkv.weight", "blocks.1.attn.predictor.w_down"):
+        assert decay[name] == 0.07
+    assert decay["blocks.0.attn.predictor.tail_offset"] == 0.0
 
 
 def test_a_phase_without_anything_to_train_is_refused(tiny_vit):

@@ -20,7 +20,8 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(recipe, tmp_path, monkeypatch):
-    config = recipe()
+    first, second = recipe().to_dict()["phases"]
+    config = recipe(phases=[{**first, "keep_rate": [0.5, 0.6]}, second], eval_every=1)  # the second keeps them
     train(config, tmp_path / "whole", cpu=True)
     plain = Samples.__getitem__
     draw = random.Random(7)
@@ -54,6 +55,17 @@ def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(recipe, tmp_p
     # A finished run that is started again changes nothing.
     assert train(config, tmp_path / "resumed", cpu=True).history == history
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+
+
+def test_validation_and_checkpoints_between_steps_leave_training_alone(recipe, tmp_path):
+    phases = [{"name": "attn_recon", "epochs": 1}, {"name": "cls", "epochs": 2, "lr": 1e-3}]
+    often = recipe(phases=phases, eval_every=1, checkpoint_every=1)
+    validated = [entry for entry in train(often, tmp_path / "often", cpu=True).history if "validated" in entry]
+    assert [entry["update"] for entry in validated if entry["validated"] == "model"] == [3, 3, 6]
+    data = {**often.to_dict()["data"], "val_split": None}
+    train(recipe(phases=phases, checkpoint_every=100, data=data), tmp_path / "never", cpu=True)
+    for name in ("model", "ema"):
+        assert same(weights(tmp_path / "often", name), weights(tmp_path / "never", name)), name
 
 
 def test_the_gradient_scaler_lives_on_from_phase_to_phase(recipe, tmp_path, monkeypatch):
