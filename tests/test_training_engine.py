@@ -309,3 +309,17 @@ def test_the_main_process_opens_the_data_first(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "open_source", opening)
     train(recipe(phases=[{"name": "cls", "steps": 1}]), tmp_path, cpu=True)
     assert events == ["enter", "train", "val", "leave"]
+
+
+def test_a_tracker_gets_the_numbers_of_the_history(recipe, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    phases = [{"name": "attn_recon", "steps": 1}, {"name": "cls", "steps": 2, "lr": 1e-3}]
+    history = train(recipe(phases=phases, trackers="tensorboard"), tmp_path, cpu=True).history
+    events = reader.EventAccumulator(str(tmp_path / "sparsifiner"))
+    events.Reload()
+    trained = [entry for entry in history if "lr" in entry]
+    for name in ("loss", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(entry[name])) for step, entry in enumerate(trained, start=1)], name
+    validated = [entry for entry in history if entry.get("validated") == "model"]
+    assert [event.value for event in events.Scalars("model/top1")] == pytest.approx([e["top1"] for e in validated])
