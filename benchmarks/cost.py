@@ -21,6 +21,7 @@ from scipy.optimize import nnls
 
 from sparsifiner import SparsifinerConfig, Tiling
 from sparsifiner.analysis.benchmark import measure_operator
+from sparsifiner.config import num_kept
 from sparsifiner.cost import MARGIN
 from sparsifiner.files import write_atomically
 from sparsifiner.predictors import build_predictor
@@ -53,7 +54,7 @@ def work(case: dict[str, Any]) -> tuple[list[float], float]:
     predictor = build_predictor(
         config, num_heads=case["heads"], head_dim=HEAD_DIM, grid=tiling.grid, num_prefix_tokens=1
     )
-    keys = math.ceil(config.keep_rate * tiling.num_patches) + 1 + Tiling(tiling.grid, config.tail or (4, 4)).num_tiles
+    keys = num_kept(config.keep_rate, tiling.num_patches) + 1 + Tiling(tiling.grid, config.tail or (4, 4)).num_tiles
     lanes = math.ceil(tiling.tile_size / 16) * 16
     batch, heads = case["batch"], case["heads"]
     attend = 2 * batch * heads * HEAD_DIM * tiling.num_tiles * lanes * keys

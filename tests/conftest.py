@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sparsifiner.training.recipe import TrainConfig
+
+
+TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -71,3 +78,45 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recipe(folder_of_images: Path) -> Callable[..., TrainConfig]:
+    """A recipe of every random ingredient: 24 images, three optimiser steps an epoch."""
+
+    from sparsifiner.training.recipe_file import from_dict
+
+    def make(**changes: Any) -> TrainConfig:
+        return from_dict(
+            {
+                "model": "vit_tiny_patch16_224",
+                "pretrained": False,
+                "model_args": {**TINY, "drop_path_rate": 0.2, "proj_drop_rate": 0.1},
+                "sparsity": {"preset": "paper", "keep_rate": 0.3},
+                "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_limit": 6},
+                "batch_size": 4,
+                "accumulation": 2,
+                "ema_decay": 0.9,
+                "log_every": 1,
+                "checkpoint_every": 2,
+                "eval_every": 0,
+                "clip_grad": 1.0,
+                "phases": [
+                    {"name": "attn_recon", "steps": 2, "lr": 1e-3},
+                    {"name": "joint", "epochs": 1.5, "lr": 1e-3, "warmup": 0.5},
+                ],
+                **changes,
+            }
+        )
+
+    return make
+
+
+def weights(folder: Path, name: str = "model") -> dict[str, Tensor]:
+    from sparsifiner.models import load_model
+
+    return load_model(str(folder / name)).state_dict()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

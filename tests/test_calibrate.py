@@ -24,6 +24,7 @@ from sparsifiner.calibration.budget import allocate
 from sparsifiner.calibration.state import State
 from sparsifiner.calibration.tail import OFFSETS, best_offsets
 from sparsifiner.cli import main
+from sparsifiner.config import num_kept
 from sparsifiner.models import load_model
 from sparsifiner.tokens import prune_tokens
 
@@ -102,8 +103,8 @@ def test_the_budget_is_spent_to_the_key(squares: list[list[float]], budget: floa
     errors = torch.tensor(squares, dtype=torch.float64)[:, : len(rates)]
     given_rates = allocate(errors, rates, budget, candidates)
     assert all(0 < rate <= 1 for rate in given_rates)
-    keys = [math.ceil(rate * candidates) for rate in given_rates]
-    assert sum(keys) == len(squares) * math.ceil(budget * candidates)
+    keys = [num_kept(rate, candidates) for rate in given_rates]
+    assert sum(keys) == len(squares) * num_kept(budget, candidates)
 
 
 def test_the_budget_goes_where_the_error_is() -> None:
@@ -118,7 +119,7 @@ def test_the_budget_goes_where_the_error_is() -> None:
 def test_keep_rates_per_layer_keep_the_number_of_keys() -> None:
     sparse = sparsify(tiny(depth=3), POOLED)
     result = calibrate(sparse, batch(), keep_rates="per_layer", progress=quietly)
-    keys = [math.ceil(layer.keep_rate * 64) for layer in result.layers]
+    keys = [num_kept(layer.keep_rate, 64) for layer in result.layers]
     assert sum(keys) == 3 * math.ceil(0.1 * 64)
     with torch.no_grad(), sparsifiner.record(sparse) as seen:
         sparse(batch(1))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsifiner import SparsifinerConfig
+from sparsifiner.config import num_kept
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.0001, "0.1", True, float("nan"), None])
@@ -46,6 +47,16 @@ def test_bad_settings_are_refused(changes: dict, message: str) -> None:
         SparsifinerConfig(**changes)
 
 
+def test_the_number_kept_is_the_ceiling_of_the_decimal_product() -> None:
+    for total in (1, 7, 30, 100, 197, 400, 4096, 16385):
+        for percent in range(1, 101):
+            assert num_kept(percent / 100, total) == -(-percent * total // 100), (percent, total)
+        for tenth in range(1, 10):
+            for power in (2, 3):
+                assert num_kept((tenth / 10) ** power, total) == -(-(tenth**power) * total // 10**power)
+    assert num_kept(1e-12, 5) == 1
+
+
 def test_paper_settings() -> None:
     paper = SparsifinerConfig.paper(keep_rate=0.1)
     assert (paper.keep_rate, paper.predictor, paper.query_tile, paper.tail) == (0.1, "lowrank", (1, 1), None)
@@ -60,7 +71,7 @@ def test_round_trips(tmp_path: Path) -> None:
     for config in (SparsifinerConfig(), SparsifinerConfig.paper(), SparsifinerConfig(keep_rate=(0.1, 0.2), tail=None)):
         assert SparsifinerConfig.from_dict(config.to_dict()) == config
     file = tmp_path / "config.yaml"
-    file.write_text("preset: paper\nkeep_rate: [0.5, 0.25]\ncoef_topk: null\ncoef_threshold: 0.05\n")
+    file.write_text("preset: paper\nkeep_rate: [5e-1, 0.25]\ncoef_topk: null\ncoef_threshold: 0.05\n")
     want = SparsifinerConfig.paper(keep_rate=(0.5, 0.25), coef_topk=None, coef_threshold=0.05)
     assert SparsifinerConfig.from_file(file) == want
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner import SparsifinerConfig, Tiling
+from sparsifiner.config import num_kept
 from sparsifiner.predictors import LowRankPredictor, OraclePredictor, base, build_predictor
 from sparsifiner.tail import group_keys
 
@@ -44,7 +43,7 @@ def test_keeps_exactly_the_budget_without_duplicates(name, grid, tile, prefix, k
         q, k, v, tiling, 0.25
     )
     always = prefix if keep_prefix else 0
-    want = always + math.ceil(keep_rate * (tiling.num_tokens - always))
+    want = always + num_kept(keep_rate, tiling.num_tokens - always)
     assert connectivity.indices.shape == (2, 2, tiling.num_tiles, want)
     assert connectivity.indices.dtype == torch.int32
     assert (connectivity.to_mask()[:, :, prefix:].sum(-1) == want).all()

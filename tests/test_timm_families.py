@@ -104,6 +104,25 @@ def test_keep_rate_one_is_dense_with_every_predictor(predictor, query_tile, keep
         assert error(sparsify(model, config, keep_rate=1.0)(x), model(x)) < 2e-5
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["eva02_base_patch14_224", "vit_base_patch16_224", "vit_base_patch16_rope_224", "vit_relpos_base_patch16_cls_224"],
+)
+def test_queries_and_keys_that_norms_leave_in_float32_under_autocast(name: str) -> None:
+    """On a GPU autocast runs layer norm in float32; a hook does the same here."""
+    model, x = small(name)
+    normed = [module for path, module in model.named_modules() if path.endswith(("q_norm", "k_norm"))]
+    assert len(normed) == 4
+    for module in normed:
+        module.register_forward_hook(lambda module, inputs, output: output.float())
+    sparse = sparsify(model, SparsifinerConfig(dense_below=0), keep_rate=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert error(sparse.forward_features(x).detach(), model.forward_features(x).detach()) < 3e-2
+        out = sparse.train()(x).float()
+    out.sum().backward()
+    assert all(torch.isfinite(layer.attn.proj.weight.grad).all() for layer in sparse.blocks)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_done_is_refused_by_name(name: str) -> None:
     with torch.device("meta"):

@@ -22,6 +22,7 @@ from sparsifiner.adapters.scored import class_scores
 from sparsifiner.analysis.fidelity import measure_fidelity
 from sparsifiner.analysis.maps import attention_maps
 from sparsifiner.baselines import merge_tokens
+from sparsifiner.config import num_kept
 from sparsifiner.grid import PatchGrid
 from sparsifiner.models import from_reference
 from sparsifiner.pooling import count_unkept
@@ -66,7 +67,7 @@ def test_two_steps_equal_a_loop_over_images(rows, columns, first, batch, share, 
     places = z_order((rows, columns), x.device)
     for stage in (1, 2):
         score = torch.rand(batch, x.shape[1], generator=generator)
-        count = math.ceil(share**stage * rows * columns)
+        count = num_kept(share**stage, rows * columns)
         nothing = first + fuse + count >= x.shape[1]
         x = pruning_step(grid, share**stage, fuse).reduce(x, score)
         for b, (tokens, before, fused) in enumerate(expected):

@@ -13,6 +13,7 @@ import yaml
 
 from sparsifiner.models import load_model
 from sparsifiner.training import load_recipe, train
+from sparsifiner.training.data import TrainBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -64,6 +65,9 @@ def test_two_processes_share_batchnorm_statistics_and_what_is_broken(folder_of_i
     shutil.copytree(folder_of_images, root)
     for name in ("class0/0.png", "class0/1.png"):  # the first image of either process
         (root / "val" / name).write_bytes(b"no picture")
+    second = TrainBatches(24, 4, 3, 1, start=0, seed=(0, 0), rank=1, world=2)
+    number = next(iter(second))[0][1]  # of the first image that the second process alone meets
+    (root / "train" / f"class{number // 8}" / f"{number % 8}.png").write_bytes(b"no picture")
     recipe = {
         "model": "lvvit_s",
         "pretrained": False,
@@ -78,7 +82,7 @@ def test_two_processes_share_batchnorm_statistics_and_what_is_broken(folder_of_i
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     train_by_two(path, tmp_path / "two")
-    train(load_recipe(path), tmp_path / "one", cpu=True)
+    result = train(load_recipe(path), tmp_path / "one", cpu=True)
     for name in ("model", "ema"):
         one, two = (load_model(str(tmp_path / run / name)).state_dict() for run in ("one", "two"))
         # The mean of the halves' means is that of all; only of the first layer, the others see what it normalised.
@@ -88,3 +92,6 @@ def test_two_processes_share_batchnorm_statistics_and_what_is_broken(folder_of_i
     written = json.loads((tmp_path / "two" / "result.json").read_text())
     assert written["val_broken"].keys() == {"class0/0.png", "class0/1.png"}
     assert written["accuracy"]["model"]["broken"] == 2
+    saved = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)  # what the second met is in it as well
+    assert len(result.broken) == 1
+    assert saved["broken"].keys() == written["broken"].keys() == result.broken.keys()

@@ -3,101 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import TINY, same, weights
 
 import sparsifiner
-from sparsifiner.models import load_model
-from sparsifiner.training import engine, train
-from sparsifiner.training.data import Samples
+from sparsifiner.training import engine, losses, train
 from sparsifiner.training.phases import set_training_mode
 from sparsifiner.training.recipe_file import from_dict
+from sparsifiner.training.student import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-
-
-@pytest.fixture
-def recipe(folder_of_images):
-    """A recipe of every random ingredient: 24 images, three optimiser steps an epoch."""
-
-    def make(**changes):
-        return from_dict(
-            {
-                "model": "vit_tiny_patch16_224",
-                "pretrained": False,
-                "model_args": {**TINY, "drop_path_rate": 0.2, "proj_drop_rate": 0.1},
-                "sparsity": {"preset": "paper", "keep_rate": 0.3},
-                "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_limit": 6},
-                "batch_size": 4,
-                "accumulation": 2,
-                "ema_decay": 0.9,
-                "log_every": 1,
-                "checkpoint_every": 2,
-                "eval_every": 0,
-                "clip_grad": 1.0,
-                "phases": [
-                    {"name": "attn_recon", "steps": 2, "lr": 1e-3},
-                    {"name": "joint", "epochs": 1.5, "lr": 1e-3, "warmup": 0.5},
-                ],
-                **changes,
-            }
-        )
-
-    return make
-
-
-def weights(folder, name="model"):
-    return load_model(str(folder / name)).state_dict()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Killed(BaseException):
-    """Nothing in the library catches it, as nothing catches a signal."""
-
-
-def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(recipe, tmp_path, monkeypatch):
-    config = recipe()
-    train(config, tmp_path / "whole", cpu=True)
-    plain = Samples.__getitem__
-    draw = random.Random(7)
-    left = [0]
-
-    def dying(self, place):
-        left[0] -= self.replace_broken  # training images only; there are 48 in all
-        if self.replace_broken and left[0] == 0:
-            raise Killed
-        return plain(self, place)
-
-    monkeypatch.setattr(Samples, "__getitem__", dying)
-    kills = 0
-    for _ in range(20):
-        left[0] = draw.randint(5, 30) if kills < 5 else -1
-        torch.manual_seed(draw.randint(0, 1000))  # what a new process starts with is of no account
-        random.seed(draw.randint(0, 1000))
-        try:
-            result = train(config, tmp_path / "resumed", cpu=True)
-            break
-        except Killed:
-            kills += 1
-    assert kills >= 2
-    for name in ("model", "ema"):
-        assert same(weights(tmp_path / "whole", name), weights(tmp_path / "resumed", name)), name
-    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "whole", "ema"))
-    history = json.loads((tmp_path / "whole" / "history.json").read_text())
-    assert result.history == history
-    trained = [entry for entry in history if "lr" in entry]
-    assert [(entry["phase"], entry["update"]) for entry in trained] == [(0, 1), (0, 2)] + [(1, n) for n in range(1, 5)]
-    # A finished run that is started again changes nothing.
-    train(config, tmp_path / "resumed", cpu=True)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 
 def test_the_seed_decides_and_the_callers_randomness_is_left_alone(recipe, tmp_path):
@@ -155,8 +74,26 @@ def test_half_precision_and_reduced_learning(recipe, tmp_path):
 
     result = train(recipe(precision="bf16", phases=phases), tmp_path / "out", cpu=True, on_update=note)
     assert before == {0: 1, 1: 1}
+    train(recipe(phases=phases), tmp_path / "single", cpu=True)
+    assert not same(weights(tmp_path / "out"), weights(tmp_path / "single"))
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
     assert {"ce", "kl", "token_mse", "attn_self_distill"} <= result.history[-3].keys()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_student_and_a_teacher_saved_in_half_precision_train_in_single(precision, recipe, tiny_vit, tmp_path):
+    half = tiny_vit(embed_dim=24, num_heads=2, num_classes=3).to(torch.bfloat16)
+    student = sparsifiner.sparsify(half, sparsifiner.SparsifinerConfig.paper(0.3))
+    sparsifiner.save_pretrained(student, tmp_path / "student")
+    save_model(half, tmp_path / "teacher")
+    config = recipe(
+        model=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), sparsity="saved", model_args={},
+        precision=precision, phases=[{"name": "joint", "steps": 1, "lr": 1e-6}],
+    )  # fmt: skip
+    train(config, tmp_path / "out", cpu=True)
+    weight = weights(tmp_path / "out")["blocks.0.mlp.fc1.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.to(torch.bfloat16).float())  # the small step has not rounded away
 
 
 def test_only_what_a_phase_trains_changes(recipe, tmp_path):
@@ -172,6 +109,42 @@ def test_only_what_a_phase_trains_changes(recipe, tmp_path):
     assert any(".predictor." in name for name in head)
     both = {name for name in names if torch.equal(started["head"][name], started["backbone"][name])}
     assert both == {name for name in names if ".predictor." in name}
+
+
+def one_step(recipe, output, **changes):
+    """The weights after one step of ``cls``, and their average."""
+    phase = {"name": "cls", "steps": 1, "lr": 1e-2, "warmup": 0}
+    data = {**recipe().to_dict()["data"], "val_split": None}
+    train(recipe(phases=[phase], data=data, **changes), output, cpu=True)
+    return weights(output), weights(output, "ema")
+
+
+def test_the_moving_average_and_its_warm_up(recipe, tmp_path):
+    model, start = one_step(recipe, tmp_path / "start", ema_decay=1.0)  # never moves
+    assert not same(model, start)
+    assert same(*one_step(recipe, tmp_path / "warm", ema_decay=0.9, ema_warmup=True))
+    again, average = one_step(recipe, tmp_path / "cold", ema_decay=0.9)
+    assert same(again, model)
+    for name, value in average.items():
+        assert torch.allclose(value, 0.9 * start[name] + 0.1 * model[name], atol=1e-6), name
+
+
+def test_the_gradient_is_clipped_to_its_norm(recipe, tmp_path):
+    model, start = one_step(recipe, tmp_path, ema_decay=1.0, optimizer="sgd", weight_decay=0, clip_grad=0.1)
+    step = sum(float((model[name] - start[name]).square().sum()) for name in model) ** 0.5
+    assert step == pytest.approx(1e-2 * 1.9 * 0.1, rel=1e-2)  # timm's sgd has Nesterov's momentum of 0.9
+
+
+def test_labels_that_are_not_mixed_are_smoothed(recipe, tmp_path, monkeypatch):
+    plain, seen = losses.cross_entropy, []
+
+    def noting(logits, target, smoothing):
+        seen.append((target.dtype, smoothing))
+        return plain(logits, target, smoothing)
+
+    monkeypatch.setattr(losses, "cross_entropy", noting)
+    one_step(recipe, tmp_path, augment={"mixup": 0, "cutmix": 0, "label_smoothing": 0.3})
+    assert set(seen) == {(torch.int64, 0.3)}
 
 
 def test_broken_images_are_reported_and_replaced(recipe, folder_of_images, tmp_path):
@@ -227,6 +200,7 @@ def test_what_does_not_fit_is_refused_before_training(recipe, folder_of_images, 
         ({"num_classes": 2}, "the data has 3 classes"),
         ({"model": "vit_tini_patch16_224"}, "did you mean"),
         ({"trackers": ["wandb"]}, "wandb is not installed"),
+        ({"precision": "fp16"}, "fp16 does not work on a CPU; set precision=bf16"),
     ]:
         with pytest.raises(ValueError, match=words):
             train(recipe(**changes), tmp_path / "new", cpu=True)
@@ -283,41 +257,11 @@ def test_validation_that_the_head_does_not_allow_is_said_to_be_skipped(recipe, t
     assert sum("head is for 1000 classes and the data has 3; " in line for line in said) == 1
 
 
-def test_the_gradient_scaler_lives_on_from_phase_to_phase(recipe, tmp_path, monkeypatch):
-    """One on the CPU, of powers of two, which change no bit of the gradients."""
-    plain = engine.make_accelerator
-    live = []
-
-    def scaling(*arguments, **settings):
-        accelerator = plain(*arguments, **settings)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-        live.append(accelerator.scaler)
-        return accelerator
-
-    def die(number, update):
-        if number == 1:
-            raise Killed
-
-    monkeypatch.setattr(engine, "make_accelerator", scaling)
-    phases = [{"name": "attn_recon", "steps": 3}, {"name": "cls", "steps": 3}]
-    config = recipe(phases=phases, checkpoint_every=100, data={**recipe().to_dict()["data"], "limit": 80})
-    train(config, tmp_path / "whole", cpu=True)
-    with pytest.raises(Killed):
-        train(config, tmp_path / "resumed", cpu=True, on_update=die)
-    saved = torch.load(tmp_path / "resumed" / "checkpoint.pt", weights_only=True)
-    assert (saved["phase"], saved["update"]) == (1, 0)
-    assert (saved["scaler"]["scale"], saved["scaler"]["_growth_tracker"]) == (16.0, 1)
-    train(config, tmp_path / "resumed", cpu=True)
-    assert live[2].state_dict() == live[0].state_dict()
-    assert live[2].get_scale() == 64.0
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
-
-
 def test_every_phase_is_checked_before_the_first_one_trains(recipe, tmp_path):
     steps = []
     for changes, words in [
         ({"keep_rate": [0.2, 0.3, 0.4]}, "phase joint: keep_rate has 3 entries but 2 layers"),
-        ({"train": "head", "losses": {"token_mse": 1.0}}, "phase joint: train is head, but VisionTransformer has none"),
+        ({"train": "head", "losses": {"kl": 1.0}}, "phase joint: train is head, but VisionTransformer has none"),
     ]:
         first = {"name": "attn_recon", "steps": 1}
         config = recipe(phases=[first, {"name": "joint", "steps": 1, **changes}], model_args={**TINY, "num_classes": 0})
@@ -365,3 +309,17 @@ def test_the_main_process_opens_the_data_first(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "open_source", opening)
     train(recipe(phases=[{"name": "cls", "steps": 1}]), tmp_path, cpu=True)
     assert events == ["enter", "train", "val", "leave"]
+
+
+def test_a_tracker_gets_the_numbers_of_the_history(recipe, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    phases = [{"name": "attn_recon", "steps": 1}, {"name": "cls", "steps": 2, "lr": 1e-3}]
+    history = train(recipe(phases=phases, trackers="tensorboard"), tmp_path, cpu=True).history
+    events = reader.EventAccumulator(str(tmp_path / "sparsifiner"))
+    events.Reload()
+    trained = [entry for entry in history if "lr" in entry]
+    for name in ("loss", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(entry[name])) for step, entry in enumerate(trained, start=1)], name
+    validated = [entry for entry in history if entry.get("validated") == "model"]
+    assert [event.value for event in events.Scalars("model/top1")] == pytest.approx([e["top1"] for e in validated])

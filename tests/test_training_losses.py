@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import sparsifiner
 from sparsifiner import SparsifinerConfig
 from sparsifiner.predictors import build_predictor
+from sparsifiner.subset import SubsetTiling
 from sparsifiner.tiling import Tiling
 from sparsifiner.training import losses
 from sparsifiner.training.objective import Objective
@@ -30,6 +31,16 @@ def setting(**changes):
         torch.nn.init.normal_(parameter, std=0.3)
     q, k = torch.randn(2, 2, 3, 65, 16).unbind(0)
     return predictor, q.requires_grad_(), k.requires_grad_(), tiling
+
+
+def attention_of(dense, x):
+    """The attention map of the first layer, ``[B, H, N, N]``."""
+    layer, seen = dense.blocks[0].attn, []
+    layer.fused_attn = False
+    handle = layer.attn_drop.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    dense(x)
+    handle.remove()
+    return seen[0]
 
 
 def scores_of(predictor, q, k, tiling):
@@ -86,6 +97,16 @@ def test_least_scores_and_basis_size():
     assert losses.basis_size(predictor).item() == pytest.approx(predictor.w_up.abs().mean().item())
 
 
+def test_least_scores_spare_what_is_kept_of_a_pruned_image_and_the_prefix():
+    predictor, q, k, _ = setting()
+    positions = torch.arange(0, 64, 4).expand(2, -1)
+    tiling = SubsetTiling.of(positions, (8, 8), (1, 1), 1, 17)  # 17 of 65 tokens are left, and as many are kept
+    assert losses.least_scores(predictor, q[:, :, :17], k[:, :, :17], tiling) == 0
+    predictor, q, k, tiling = setting(keep_prefix=True)
+    rows = scores_of(predictor, q, k, tiling)[..., 1:].sort(dim=-1).values
+    assert torch.allclose(losses.least_scores(predictor, q, k, tiling), rows[..., :48].abs().mean(), rtol=1e-5)
+
+
 def test_the_ratio_loss_drives_the_kept_share_to_the_keep_rate():
     predictor, q, k, tiling = setting(score_threshold=0.1)
 
@@ -114,6 +135,14 @@ def test_the_objective_adds_the_weighted_parts(tiny_vit, images):
         features = teacher.forward_features(x)
         mine = student.forward_features(x)
     assert parts["token_mse"].item() == pytest.approx(float((features - mine)[:, 1:].square().mean()), rel=1e-3)
+    layers = []
+    with sparsifiner.record(student, tensors=True) as seen, torch.no_grad():
+        student(x)
+        for path, layer in sparsifiner.sparse_layers(student).items():
+            q, k = seen[path].q, seen[path].k
+            tiling = layer.tiling(q.shape[2])
+            layers.append(losses.attention_reconstruction(layer.predictor, q, k, q, k, tiling, layer.scale).item())
+    assert parts["attn_self_distill"].item() == pytest.approx(sum(layers) / 2, rel=1e-4)  # the mean over the layers
     # In the first layer the student still sees what the teacher sees; later its own, disturbed, tokens.
     assert parts["attn_recon"] != parts["attn_self_distill"]
 
@@ -134,14 +163,8 @@ def test_the_reconstruction_phase_runs_dense_and_trains_the_predictor_alone(tiny
 @pytest.mark.parametrize("taught", [False, True])
 def test_the_attention_to_imitate_has_the_models_biases(images, taught):
     dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=1))
-    seen = {}
-    dense.blocks[0].attn.fused_attn = False
-    handle = dense.blocks[0].attn.attn_drop.register_forward_hook(
-        lambda module, inputs, out: seen.update(attention=out)
-    )
     x = images(2, 3, 64, 64)
-    dense(x)
-    handle.remove()
+    attention = attention_of(dense, x)
     student = sparsifiner.sparsify(dense, SparsifinerConfig.paper(0.2))
     enter_phase(student, PhaseConfig("attn_recon", steps=1))
     layer = student.blocks[0].attn
@@ -149,7 +172,7 @@ def test_the_attention_to_imitate_has_the_models_biases(images, taught):
         student(x)
     q, k = own["blocks.0.attn"].q, own["blocks.0.attn"].k
     scores = scores_of(layer.predictor, q, k, layer.tiling(q.shape[2]))
-    expected = (scores - seen["attention"][:, :, 1:]).square().sum() / 2
+    expected = (scores - attention[:, :, 1:]).square().sum() / 2
     _, parts = Objective(student, dense if taught else None, {"attn_recon": 1.0})(x, None)
     assert parts["attn_recon"].item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -164,6 +187,21 @@ def test_gradients_flow_through_sparse_attention_to_every_backbone_weight(tiny_v
             assert parameter.grad is None
         else:
             assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_teacher_of_wider_heads_has_its_own_scale(tiny_vit, images):
+    teacher = tiny_vit(embed_dim=96, depth=1)
+    student = sparsifiner.sparsify(tiny_vit(depth=1), SparsifinerConfig.paper(0.3))
+    x = images(2, 3, 32, 32)
+    attention = attention_of(teacher, x)
+    layer = student.blocks[0].attn
+    with sparsifiner.record(student, tensors=True) as own:
+        student(x)
+    q, k = own["blocks.0.attn"].q, own["blocks.0.attn"].k
+    scores = scores_of(layer.predictor, q, k, layer.tiling(q.shape[2]))
+    expected = (scores - attention[:, :, 1:]).square().sum() / 2
+    _, parts = Objective(student, teacher, {"attn_recon": 1.0})(x, None)
+    assert parts["attn_recon"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_teacher_of_another_kind_is_refused_in_one_line(tiny_vit, images):

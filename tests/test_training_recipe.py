@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from sparsifiner import SparsifinerConfig, sparsify
 from sparsifiner.training import phases as phases_module
 from sparsifiner.training import student as student_module
 from sparsifiner.training import train
@@ -23,6 +24,11 @@ CLS = {"name": "cls", "epochs": 1}
 
 def recipe(**changes):
     return from_dict({"phases": [CLS], "sparsity": None, **changes})
+
+
+def phase(name, **settings):
+    """Changes of a recipe that train the paper's sparse model in one phase."""
+    return {"phases": [{"name": name, "epochs": 1, **settings}], "sparsity": {"preset": "paper"}}
 
 
 @pytest.mark.parametrize("name", ["deit_small_imagenet", "lvvit_s_imagenet", "lvvit_m_imagenet"])
@@ -69,10 +75,45 @@ def test_published_weights_come_from_a_file(tmp_path):
         assert torch.equal(teacher.state_dict()[name], value)
 
 
+@pytest.mark.parametrize(
+    ("names", "teacher", "asked"),
+    [
+        (["attn_recon", "cls_distill", "attn_recon"], "same", [False, True, True]),  # the student has changed by then
+        (["attn_recon", "attn_recon"], "same", [False, False]),
+        (["cls", "attn_recon"], "same", [False, True]),
+        (["attn_recon", "joint"], "other", [True, True]),
+        (["attn_recon", "cls"], "none", [False, False]),
+        (["attn_self_distill"], "same", [True]),
+    ],
+)
+def test_a_teacher_is_asked_unless_attention_is_its_own(names, teacher, asked):
+    phases = [{"name": name, "steps": 1} for name in names]
+    config = recipe(phases=phases, teacher=teacher, sparsity={"preset": "paper"})
+    assert [student_module.needs_teacher(config, number) for number in range(len(phases))] == asked
+
+
 def test_a_recipe_survives_the_way_to_json_and_back():
     for path in RECIPES:
         config = load_recipe(path)
         assert from_dict(json.loads(json.dumps(config.to_dict()))) == config, path
+
+
+def test_numbers_with_an_exponent_are_numbers_at_every_level(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("phases: [{name: attn_recon, steps: 1, losses: {attn_recon: 1e-2}, lr: 1E3}]\nmodel: 1e-2b\n")
+    config = load_recipe(
+        path,
+        [
+            "sparsity={preset: paper, keep_rate: 1e-1, basis_threshold: .2e-1}",
+            "augment.crop_scale=[5.e-1, 1]",
+            "phases.0.keep_rate=[1e-1, 2e-1]",
+            "weight_decay=5e-2",
+        ],
+    )
+    phase = config.phases[0]
+    assert (phase.losses, phase.lr, phase.keep_rate) == ({"attn_recon": 0.01}, 1000.0, (0.1, 0.2))
+    assert (config.sparse_config().keep_rate, config.sparse_config().basis_threshold) == (0.1, 0.02)
+    assert (config.augment.crop_scale, config.weight_decay, config.model) == ((0.5, 1), 0.05, "1e-2b")
 
 
 def test_overrides_reach_every_level():
@@ -107,6 +148,13 @@ def test_overrides_reach_every_level():
         ({"phases": [{"name": "attn_recon", "epochs": 1}], "sparsity": {}}, "predictor is 'pooled'"),
         ({"phases": [{**CLS, "losses": {"ratio": 1}}], "sparsity": {"preset": "paper"}}, "score_threshold"),
         ({"phases": [{"name": "cls_distill", "epochs": 1}], "teacher": "none"}, "teacher is none"),
+        (phase("cls_distill", losses={"l1_basis": 1}), "trains the backbone, which l1_basis cannot; set train to pred"),
+        (phase("cls", train="predictor", losses={"ce": 1}), "trains the predictor, which ce cannot; set train to back"),
+        (phase("joint", train="head", losses={"token_mse": 1}), "trains the head, which token_mse cannot"),
+        (phase("attn_recon", train="backbone"), "trains the backbone, which attn_recon cannot"),
+        (phase("attn_recon", train="head"), "trains the head, which attn_recon cannot"),
+        (phase("joint", train="backbone"), "trains the backbone, which attn_recon cannot"),
+        (phase("joint", losses={"ce": 1, "least_k": 1}, keep_rate=[1, 1]), "least_k of phase joint needs a keep_rate"),
         ({"sparsity": {"keep_rat": 0.1}}, "keep_rate"),
         ({"sparsity": "yes"}, "saved, or null"),
         ({"precision": "fp8"}, "choose one of"),
@@ -117,6 +165,7 @@ def test_overrides_reach_every_level():
         ({"data": {"source": "floppy"}}, "data.source 'floppy' is unknown"),
         ({"trackers": ["tensorbord"]}, "did you mean 'tensorboard'"),
         ({"trackers": "tensorbord"}, "did you mean 'tensorboard'"),
+        ({"trackers": 3}, "trackers must be names such as [tensorboard], got 3"),
         ({"phases": [{**CLS, "losses": ["ce"]}]}, "must be weights, as {ce: 1.0}, got ['ce']"),
         ({"phases": [{**CLS, "losses": None}]}, "must be weights, as {ce: 1.0}, got None"),
         ({"data": {"path": 2024}}, "data.path must be text, got 2024"),
@@ -136,6 +185,18 @@ def test_a_wrong_recipe_is_refused_in_one_line(changes, words):
         recipe(**changes)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_loss_that_reaches_one_thing_that_learns_is_enough():
+    offset = {"predictor": "lowrank", "tail_offset": True}
+    for accepted in (
+        {**phase("cls", train="predictor", losses={"ce": 1}), "sparsity": offset},  # through the tail's offset
+        phase("cls_distill", train="head"),
+        phase("joint", train="predictor"),
+        phase("joint", losses={"least_k": 1}, keep_rate=[1, 0.5]),
+        phase("attn_recon", train="all"),
+    ):
+        assert recipe(**accepted).phases
 
 
 def test_overrides_that_lead_nowhere_are_refused(tmp_path):
@@ -217,6 +278,21 @@ def test_every_recipe_runs_at_tiny_size(path, folder_of_images, tmp_path, monkey
     for entry in trained:
         assert plain.phases[entry["phase"]].losses.keys() <= entry.keys()
     assert (result.ema is not None) == (plain.ema_decay is not None)
+
+
+def test_only_matrices_decay(tiny_vit):
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(predictor="lowrank", tail_offset=True))
+    phase = PhaseConfig("cls", steps=1, train="all")
+    phases_module.enter_phase(sparse, phase)
+    groups = phases_module.make_optimizer(sparse, TrainConfig((phase,), weight_decay=0.07), phase).param_groups
+    names = {id(parameter): name for name, parameter in sparse.named_parameters()}
+    decay = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decay.keys() == set(names.values())
+    assert {decay[name] for name in names.values() if sparse.get_parameter(name).ndim < 2} == {0.0}
+    assert decay["cls_token"] == decay["pos_embed"] == 0.0
+    for name in ("head.weight", "blocks.0.attn.qkv.weight", "blocks.1.attn.predictor.w_down"):
+        assert decay[name] == 0.07
+    assert decay["blocks.0.attn.predictor.tail_offset"] == 0.0
 
 
 def test_a_phase_without_anything_to_train_is_refused(tiny_vit):

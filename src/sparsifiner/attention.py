@@ -123,6 +123,8 @@ class SparseAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         """Predict the connectivity and attend sparsely, ``[B, H, N, D]`` to ``[B, H, N, D]``."""
+        # Autocast leaves what norms and rotations return in float32, and would cast it for dense attention.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         tiling = self.tiling(q.shape[2])
         if self.runs_dense(q, tiling, attn_bias):
             self._observe(None, q, k, v, attn_bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from .checks import choose, flag, number
 from .messages import one_line
+from .yaml12 import load_yaml
 
 PredictorName = Literal["pooled", "lowrank", "oracle", "local", "strided", "random"]
 PREDICTORS: tuple[str, ...] = get_args(PredictorName)
@@ -184,7 +186,7 @@ class SparsifinerConfig:
         path = Path(path)
         try:
             text = path.read_text()
-            settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            settings = json.loads(text) if path.suffix == ".json" else load_yaml(text)
         except OSError as error:
             raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
         except (ValueError, yaml.YAMLError) as error:
@@ -212,6 +214,14 @@ def check_keep_rate(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise ValueError(f"keep_rate must lie in (0, 1], got {value!r}; 0.1 keeps a tenth of the keys")
     return float(value)
+
+
+def num_kept(share: float, total: int) -> int:
+    """``ceil(share * total)`` of the decimal number that ``share`` was written as: 3 for 0.1 of 30.
+
+    In binary that product is 3.0000000000000004. A power of a share is off by a few units in its last place, too.
+    """
+    return math.ceil(share * total * (1 - 1e-12))
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .config import SparsifinerConfig
+from .config import SparsifinerConfig, num_kept
 from .grouping import grouping_macs
 from .tiling import Tiling
 
@@ -89,7 +89,7 @@ def predicted_share(
     """
     assert isinstance(config.keep_rate, float)
     costs = _COSTS[dtype]
-    kept = math.ceil(config.keep_rate * (tiling.num_patches + tiling.num_missing))
+    kept = num_kept(config.keep_rate, tiling.num_patches + tiling.num_missing)
     keys = min(kept, tiling.num_patches) + tiling.num_prefix_tokens
     regroup_macs = 0
     if config.tail is not None:

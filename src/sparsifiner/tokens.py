@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from .adapters.scored import ScoredAttention, SparseScoredAttention
 from .adapters.vit import SparseVitAttention
 from .attention import SparseAttention
 from .blocks import ReducingBlock, check_reducible, refuse_maps
-from .config import check_keep_rate
+from .config import check_keep_rate, num_kept
 from .grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
 from .messages import one_line
 from .selection import top_keys
@@ -96,7 +95,7 @@ class PruningBlock(ReducingBlock):
                 f"token pruning got {num_tokens} tokens, but the image has a {self.grid.shape[0]}x"
                 f"{self.grid.shape[1]} patch grid and {first} prefix tokens; patch dropout is not supported"
             )
-        count = min(present, math.ceil(self.share * self.grid.num_patches))
+        count = min(present, num_kept(self.share, self.grid.num_patches))
         if first + self.fuse + count >= num_tokens:  # fusing a single patch would gain nothing
             return x
         best = top_keys(seen[:, start:], count).long()

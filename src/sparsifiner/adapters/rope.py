@@ -34,7 +34,7 @@ class SparseRopeAttention(SparseAttention, AttentionRope):
         else:
             q = split_heads(self.q_proj(x), self.num_heads)
             k, v = (split_heads(proj(x), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
-        q, k = rotate(self, self.q_norm(q), self.k_norm(k), v, rope)
+        q, k = rotate(self, self.q_norm(q), self.k_norm(k), rope)
         if self.num_kv_groups > 1:
             k, v = (y.repeat_interleave(self.num_kv_groups, dim=1) for y in (k, v))
         return q, k, v, None
@@ -61,7 +61,7 @@ class SparseEvaAttention(SparseAttention, EvaAttention):
             q, k, v = split_qkv(project_without_key_bias(self, x), self.num_heads)
         else:
             q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self, self.q_norm(q), self.k_norm(k), v, rope)
+        q, k = rotate(self, self.q_norm(q), self.k_norm(k), rope)
         return q, k, v, None
 
     def merge(self, x: Tensor, out: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def project_without_key_bias(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, layer.qkv.weight, bias)
 
 
-def rotate(layer: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+def rotate(layer: Any, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rotary embedding of the patch tokens of q and k; prefix tokens stay."""
     if rope is None:
         return q, k
@@ -86,6 +86,6 @@ def rotate(layer: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> 
 
     def rotated(y: Tensor) -> Tensor:
         patches = apply_rot_embed_cat(y[:, :, prefix:], rope, half=layer.rotate_half)
-        return torch.cat([y[:, :, :prefix], patches], dim=2).type_as(v)
+        return torch.cat([y[:, :, :prefix], patches], dim=2)
 
     return rotated(q), rotated(k)

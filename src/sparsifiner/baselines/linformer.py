@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from timm.layers.attention import Attention
@@ -14,7 +13,7 @@ from ..adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..attention import refuse_mask
 from ..blocks import reduces_tokens
 from ..checks import number
-from ..config import check_keep_rate
+from ..config import check_keep_rate, num_kept
 from ..grid import PatchGrid, follow_grid
 from ..subset import z_order
 
@@ -80,7 +79,7 @@ def linformer(
         model = copy.deepcopy(model)
     grid = follow_grid(model)
     if keep_rate is not None:
-        n_down = math.ceil(check_keep_rate(keep_rate) * (grid.num_prefix_tokens + grid.num_patches))
+        n_down = num_kept(check_keep_rate(keep_rate), grid.num_prefix_tokens + grid.num_patches)
     assert n_down is not None
     start = average_pooling(grid, max(grid.num_prefix_tokens + 1, n_down))
     for name in names:

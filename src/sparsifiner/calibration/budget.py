@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..config import num_kept
 from ..convert import sparse_layers
 from .observation import Replay, dense_attention, sparse_again
 
@@ -74,9 +75,9 @@ def allocate(squares: Tensor, rates: Sequence[float], budget: float, candidates:
         One rate per layer; ``ceil(rate * candidates)`` summed over the layers is
         ``L * ceil(budget * candidates)``.
     """
-    counts = [math.ceil(rate * candidates) for rate in rates]
+    counts = [num_kept(rate, candidates) for rate in rates]
     low, high = counts[0], counts[-1]
-    target = len(squares) * math.ceil(budget * candidates)
+    target = len(squares) * num_kept(budget, candidates)
     gains = [_gains(_curve(row, counts)) for row in squares]
     given = [low] * len(squares)
     queue = [(-gain[0], number) for number, gain in enumerate(gains) if len(gain)]
@@ -121,6 +122,6 @@ def _rate(count: int, candidates: int) -> float:
     """A rate of few digits for which ``ceil(rate * candidates)`` is ``count``."""
     for digits in range(2, 17):
         rate = math.floor(count / candidates * 10**digits) / 10**digits
-        if rate > 0 and math.ceil(rate * candidates) == count:
+        if rate > 0 and num_kept(rate, candidates) == count:
             return rate
     return (count - 0.5) / candidates

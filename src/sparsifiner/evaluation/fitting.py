@@ -24,7 +24,8 @@ from ..training.checkpoint import RESULT_NAME
 from ..training.data import Samples, collate
 from ..training.engine import train
 from ..training.randomness import seeded
-from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig, differing_settings
+from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig
+from ..training.recipe_file import differing_settings
 from ..training.sources import ImageSource, open_source, source_digest
 from ..training.student import save_model
 from .cell import Cell, Row

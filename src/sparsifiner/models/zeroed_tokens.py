@@ -5,7 +5,6 @@ It reproduces their checkpoints. It saves nothing.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.scored import class_scores
 from ..adapters.vit import SparseVitAttention
+from ..config import num_kept
 from ..connectivity import Connectivity
 from ..convert import sparse_layers
 from ..ops import sparse_attention
@@ -64,7 +64,7 @@ class ZeroedTokensAttention(SparseVitAttention):
             score = class_scores(q, k, self.scale)[:, 1:]
             if alive is not None:
                 score = score.masked_fill(~alive, float("-inf"))
-            best = score.topk(math.ceil(self.token_keep_rate * score.shape[-1]), sorted=False).indices
+            best = score.topk(num_kept(self.token_keep_rate, score.shape[-1]), sorted=False).indices
             alive = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
         return self.merge(x, out.transpose(1, 2).flatten(2)), alive
 

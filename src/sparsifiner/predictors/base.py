@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..config import SparsifinerConfig
+from ..config import SparsifinerConfig, num_kept
 from ..connectivity import Connectivity
 from ..selection import top_keys
 from ..tail import KeyGroups, tail_groups
@@ -107,7 +106,7 @@ class Predictor(nn.Module):
         than there are.
         """
         candidates = self.num_candidates(tiling)
-        return min(candidates, math.ceil(self.keep_rate * (candidates + tiling.num_missing)))
+        return min(candidates, num_kept(self.keep_rate, candidates + tiling.num_missing))
 
     def with_prefix(self, candidates: Tensor, tiling: Tiling) -> Tensor:
         """Candidate numbers ``[B, H, T, K]`` to token numbers, prefix tokens put first where always kept."""

@@ -10,7 +10,8 @@ import torch
 
 from ..files import replacing
 from ..messages import one_line
-from .recipe import TrainConfig, differing_settings
+from .recipe import TrainConfig
+from .recipe_file import differing_settings
 
 CHECKPOINT_NAME = "checkpoint.pt"
 RESULT_NAME = "result.json"

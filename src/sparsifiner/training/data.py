@@ -136,6 +136,22 @@ def collate(samples: list[tuple[Tensor | None, int, int, dict[str, str]]]) -> Ba
     return Batch(images, labels, torch.tensor([number for _, _, number in kept], dtype=torch.long), broken)
 
 
+def mixing(augment: AugmentConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup and cutmix of a batch ``[B, 3, H, W]`` and its class numbers ``[B]``, to shares; None where off."""
+    if not augment.mixes:
+        return None
+    from timm.data import Mixup
+
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.mix_switch_prob,
+        label_smoothing=augment.label_smoothing,
+        num_classes=max(1, num_classes),
+    )
+
+
 def train_transform(config: AugmentConfig, size: tuple[int, int], normalisation: dict[str, Any]) -> Transform:
     """timm's augmentation as ``config`` wants it.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.data import Mixup, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -20,8 +20,8 @@ from ..files import check_writable, write_atomically
 from ..progress import Progress
 from .batchnorm import average_statistics
 from .checkpoint import RESULT_NAME, Checkpoint, load_checkpoint, save_checkpoint
-from .data import Samples, TrainBatches, train_loader, train_transform, validation_loader, validation_transform
-from .meter import Meter
+from .data import Samples, TrainBatches, mixing, train_loader, train_transform, validation_loader, validation_transform
+from .meter import Meter, watched
 from .objective import Objective
 from .phases import check_phases, enter_phase, make_optimizer, make_scheduler, set_reconstruction, set_training_mode
 from .randomness import deterministic_algorithms, seed_of, seeded
@@ -168,12 +168,12 @@ class Run:
         scheduler = make_scheduler(plain_optimizer, phase, self.updates_per_epoch)
         if resumed is not None and resumed.optimizer is not None:
             plain_optimizer.load_state_dict(resumed.optimizer)
-        teacher = self.teacher if needs_teacher(config, phase) else None
+        teacher = self.teacher if needs_teacher(config, number) else None
         plain_objective = Objective(self.student, teacher, phase.losses, config.augment.label_smoothing)
         objective, optimizer = accelerator.prepare(plain_objective, plain_optimizer)
         if resumed is not None and resumed.scaler is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(resumed.scaler)
-        mix = self._mixup()
+        mix = mixing(config.augment, self.student.num_classes)
         micro = config.accumulation
         samples = Samples(self.source, self.transform, seed_of(config.seed, number), replace_broken=True)
         batches = TrainBatches(
@@ -194,7 +194,8 @@ class Run:
                     target = batch.labels.to(accelerator.device, non_blocking=True)
                     if mix is not None:
                         images, target = mix(images, target.clamp(min=0))  # labels are -1 where there are none
-                    loss, parts = objective(images, target)
+                    with watched(phase.name, update + 1):
+                        loss, parts = objective(images, target)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and config.clip_grad is not None:
                         accelerator.clip_grad_norm_(objective.parameters(), config.clip_grad)
@@ -206,13 +207,15 @@ class Run:
                 self.ema.update(self.student, step=done if config.ema_warmup else None)
             self._log(number, phase, done, total, meter, plain_optimizer)
             epoch_ends = done % self.updates_per_epoch == 0
+            if done == total or epoch_ends or done % config.checkpoint_every == 0:
+                meter.check(phase.name, done)
+                self._check_sound(plain_objective, images, target, phase, done)
             if done == total or (
                 epoch_ends and config.eval_every and done // self.updates_per_epoch % config.eval_every == 0
             ):
                 self.accuracy = self._validate(number, done, stage)
                 set_training_mode(self.student, phase)
             if done < total and (epoch_ends or done % config.checkpoint_every == 0):
-                meter.check(phase.name, done)
                 self._save(number, done, plain_optimizer)
             if self.on_update is not None:
                 self.on_update(number, done)
@@ -221,6 +224,19 @@ class Run:
         self.student.zero_grad(set_to_none=True)
         self._save(number + 1, 0, None)
 
+    def _check_sound(self, objective: Objective, images: Tensor, target: Tensor, phase: PhaseConfig, done: int) -> None:
+        """Refuse weights with which the loss of the last batch is not finite.
+
+        The losses so far tell nothing of the last step, and its weights would take the place of sound ones in the
+        checkpoint. Evaluation mode draws no random numbers and gathers no statistics.
+        """
+        self.student.eval()
+        after = Meter()
+        with torch.no_grad(), watched(phase.name, done):
+            after.add(*objective(images, target))
+        after.check(phase.name, done)
+        set_training_mode(self.student, phase)
+
     def _averaged(self, state: dict[str, Any] | None) -> ModelEmaV3 | None:
         if self.config.ema_decay is None:
             return None
@@ -228,19 +244,6 @@ class Run:
         if state is not None:
             ema.module.load_state_dict(state)
         return ema
-
-    def _mixup(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-        augment = self.config.augment
-        if not augment.mixes:
-            return None
-        return Mixup(
-            mixup_alpha=augment.mixup,
-            cutmix_alpha=augment.cutmix,
-            prob=augment.mix_prob,
-            switch_prob=augment.mix_switch_prob,
-            label_smoothing=augment.label_smoothing,
-            num_classes=max(1, self.student.num_classes),
-        )
 
     def _validation_source(self) -> ImageSource | None:
         """The validation images, their labels numbered as those of training; None where the recipe wants none."""
@@ -317,7 +320,9 @@ class Run:
             found[name] = dataclasses.replace(accuracy, broken=self._of_all_processes(accuracy.broken))
             self._note_broken(found[name].broken, self.val_broken, "validation image", "it is left out")
             values = found[name].to_dict()
-            self.history.append({"phase": number, "update": done, "validated": name, **values})
+            place = {"phase": number, "update": done, "validated": name}
+            # A finished run that is started again is validated again.
+            self.history = [old for old in self.history if not place.items() <= old.items()] + [{**place, **values}]
             shown = {f"{name}/{key}": values[key] for key in ("top1", "top5", "loss")}
             self.accelerator.log(shown, step=self._global(number, done))
             low, high = values["top1_interval"]
@@ -342,6 +347,7 @@ class Run:
 
     def _save(self, phase: int, update: int, optimizer: torch.optim.Optimizer | None) -> None:
         self._average_statistics()
+        self.broken = self._of_all_processes(self.broken)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             checkpoint = Checkpoint(
@@ -375,7 +381,6 @@ class Run:
         if accuracy is None:
             last = len(self.config.phases) - 1
             accuracy = self._validate(last, self.config.phases[last].num_updates(self.updates_per_epoch), "end")
-        self.broken = self._of_all_processes(self.broken)
         if self.accelerator.is_main_process:
             for name, model in models.items():
                 save_model(model, self.folder / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -113,13 +112,14 @@ def attention_reconstruction(
 
 
 def least_scores(predictor: LowRankPredictor, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
-    """Mean absolute score of the keys outside the best ``keep_rate`` of each row; drives them to zero."""
-    rest = tiling.num_tokens - math.ceil(predictor.keep_rate * tiling.num_tokens)
+    """Mean absolute score of the candidates a row does not keep; drives them to zero."""
+    first = predictor.first_candidate(tiling)
+    rest = predictor.num_candidates(tiling) - predictor.num_keep(tiling)
     if rest == 0:
         return q.new_zeros((), dtype=torch.float32)
 
     def total(scores: Tensor, start: int, stop: int) -> Tensor:
-        return scores.float().topk(rest, dim=-1, largest=False, sorted=False).values.abs().sum()
+        return scores[..., first:].float().topk(rest, dim=-1, largest=False, sorted=False).values.abs().sum()
 
     rows = q.shape[0] * q.shape[1] * tiling.num_patches
     return over_score_rows(predictor, q, k, tiling, total) / (rows * rest)

@@ -1,11 +1,32 @@
-"""What the losses were, between two log lines."""
+"""What the losses were, between two log lines, and whether they still are numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from ..messages import one_line
+
+
+@contextmanager
+def watched(phase: str, done: int) -> Iterator[None]:
+    """Tell NaN that the selection of keys refuses as what it is while training: the run has diverged."""
+    try:
+        yield
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise _diverged(f"attention ({one_line(error)})", phase, done) from error
+
+
+def _diverged(what: str, phase: str, done: int) -> ValueError:
+    return ValueError(
+        f"{what} is not finite at step {done} of phase {phase}; lower lr, set clip_grad, or use precision=bf16 "
+        f"instead of fp16"
+    )
 
 
 class Meter:
@@ -21,13 +42,10 @@ class Meter:
         self.count += 1
 
     def check(self, phase: str, done: int) -> None:
-        """Stop before a checkpoint of a run that went wrong takes the place of a sound one."""
+        """Refuse losses that are not finite."""
         for name, value in self.sums.items():
             if not torch.isfinite(value):
-                raise ValueError(
-                    f"the loss {name} is not finite at step {done} of phase {phase}; lower lr, set clip_grad, "
-                    f"or use precision=bf16 instead of fp16"
-                )
+                raise _diverged(f"the loss {name}", phase, done)
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means over all processes; counting starts anew."""

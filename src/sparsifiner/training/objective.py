@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -126,15 +126,15 @@ class Objective(nn.Module):
             assert q is not None
             assert k is not None
             tiling = layer.tiling(q.shape[2])
-            targets = {"attn_self_distill": own}
-            if "attn_recon" in parts:
-                targets["attn_recon"] = own if taught is None else taught.attention(number, q, len(layers))
-            for name, target in targets.items():
+            targets = dict.fromkeys(("attn_self_distill", "attn_recon"), (own, layer.scale))
+            if "attn_recon" in parts and taught is not None:
+                targets["attn_recon"] = taught.attention(number, q, len(layers))
+            for name, (target, scale) in targets.items():
                 if name in parts:
                     assert target.q is not None
                     assert target.k is not None
                     loss = losses.attention_reconstruction(
-                        predictor, q, k, target.q, target.k, tiling, layer.scale, target.attn_bias
+                        predictor, q, k, target.q, target.k, tiling, scale, target.attn_bias
                     )
                     parts[name].append(loss)
             if "least_k" in parts:
@@ -150,28 +150,31 @@ class Taught:
     Args:
         tokens: patch tokens ``[B, P, C]``.
         logits: ``[B, classes]``.
-        seen: queries, keys and biases of its attention layers, where asked for.
+        seen: queries, keys, biases and scales of its attention layers, where asked for.
     """
 
-    def __init__(self, tokens: Tensor, logits: Tensor, seen: Mapping[str, LayerRecord]) -> None:
+    def __init__(self, tokens: Tensor, logits: Tensor, seen: Sequence[tuple[LayerRecord, float]]) -> None:
         self.tokens, self.logits = tokens, logits
-        self._layers = list(seen.values())
+        self._layers = seen
 
-    def attention(self, number: int, q: Tensor, layers: int) -> LayerRecord:
-        """What attention of a layer is made of, checked against the student's queries ``[B, H, N, D]``."""
+    def attention(self, number: int, q: Tensor, layers: int) -> tuple[LayerRecord, float]:
+        """What attention of a layer is made of and the factor on its logits.
+
+        The teacher's heads may be of another width than the student's, whose queries ``[B, H, N, D]`` are given.
+        """
         if len(self._layers) != layers:
             raise ValueError(
                 f"attn_recon needs a teacher with as many attention layers as the student: {layers}, "
                 f"got {len(self._layers)}"
             )
-        seen = self._layers[number]
+        seen, scale = self._layers[number]
         assert seen.q is not None
         if seen.q.shape[:3] != q.shape[:3]:
             raise ValueError(
                 f"attn_recon needs a teacher with the student's heads and tokens: {list(q.shape[1:3])}, "
                 f"got {list(seen.q.shape[1:3])}"
             )
-        return seen
+        return seen, scale
 
 
 class Teacher:
@@ -194,7 +197,8 @@ class Teacher:
         with ExitStack() as stack:
             seen = stack.enter_context(record(self.model, tensors=True)) if self.records else {}
             tokens, logits = run_model(self.model, images, head=True)
-        return Taught(tokens, logits, seen)
+        layers = sparse_layers(self.model) if seen else {}
+        return Taught(tokens, logits, [(did, layers[path].scale) for path, did in seen.items()])
 
     @torch.no_grad()
     def classify(self, tokens: Tensor, loss: str) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,11 +16,20 @@ PATCH_LOSSES = ("token_mse", "aux_mse", "token_label")
 TEACHER_LOSSES = ("kl", *PATCH_LOSSES)
 SCORE_LOSSES = ("attn_recon", "attn_self_distill", "l1_basis", "least_k", "ratio")
 LOSSES = ("ce", *TEACHER_LOSSES, *SCORE_LOSSES)
-TRAINABLE = ("predictor", "backbone", "head", "all")
+_REACH: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "predictor": SCORE_LOSSES,
+        "backbone": ("ce", *TEACHER_LOSSES),
+        "head": ("ce", "kl", "aux_mse", "token_label"),
+        "all": LOSSES,
+    }
+)
+"""The losses that have a gradient with respect to what a phase trains."""
+
+TRAINABLE = tuple(_REACH)
 PRECISIONS = ("fp32", "bf16", "fp16")
 POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")  # timm's
 TRACKERS = ("tensorboard", "trackio", "wandb")
-WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
 SOURCES = "folder, images, cifar10-png, torch/<name> or hf/<name>"
 
 # The authors' weights; they sum the reconstruction over a batch of 168 images, 0.01 each, and here it is per image.
@@ -239,7 +247,7 @@ class TrainConfig:
         augment: their random changes.
         batch_size: images per process and forward pass.
         accumulation: forward passes per optimiser step.
-        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` autocast; the weights are float32 always.
         optimizer: a name of timm's.
         weight_decay: on matrices; biases and norms have none.
         clip_grad: largest norm of the gradient, or None.
@@ -282,7 +290,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
-        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers or ())
+        trackers = (self.trackers,) if isinstance(self.trackers, str) else _tuple(self.trackers or ())
+        if not isinstance(trackers, tuple):
+            raise ValueError(f"trackers must be names such as [tensorboard], got {trackers!r}")
         object.__setattr__(self, "trackers", trackers)
         if not self.phases:
             raise ValueError(f"a recipe needs phases; choose from {', '.join(PHASES)}")
@@ -335,7 +345,10 @@ class TrainConfig:
     def check_phases(self, config: SparsifinerConfig | None) -> None:
         """Refuse phases that a model of these settings (None: dense) cannot run."""
         for phase in self.phases:
+            if config is not None and phase.keep_rate is not None:
+                config = config.replace(keep_rate=phase.keep_rate)
             self._check_phase(phase, config)
+            self._check_reach(phase, config)
 
     def _check_phase(self, phase: PhaseConfig, config: SparsifinerConfig | None) -> None:
         needs_predictor = sorted(set(phase.losses) & set(SCORE_LOSSES)) or (phase.train == "predictor" and ["train"])
@@ -353,6 +366,24 @@ class TrainConfig:
         if self.teacher == "none" and distils:
             raise ValueError(f"phase {phase.name} distils ({', '.join(distils)}), but teacher is none")
 
+    def _check_reach(self, phase: PhaseConfig, config: SparsifinerConfig | None) -> None:
+        """Refuse losses that train nothing: all of a phase, or one that costs scores of its own."""
+        assert phase.train is not None
+        reached = set(_REACH[phase.train])
+        if phase.train == "predictor" and config is not None and config.tail_offset and not phase.dense_attention:
+            reached.update(LOSSES)  # the offset is the predictor's, and attention sees it
+        idle = [name for name in phase.losses if name not in reached]
+        if len(idle) < len(phase.losses):
+            idle = [name for name in idle if name in SCORE_LOSSES]
+        if idle:
+            raise ValueError(
+                f"phase {phase.name} trains the {phase.train}, which {', '.join(idle)} cannot; "
+                f"set train to {'predictor' if idle[0] in SCORE_LOSSES else 'backbone'} or all, or change losses"
+            )
+        rates = None if config is None else config.keep_rate
+        if "least_k" in phase.losses and set(rates if isinstance(rates, tuple) else (rates,)) == {1.0}:
+            raise ValueError(f"the loss least_k of phase {phase.name} needs a keep_rate below 1: no key is left out")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, from which :func:`recipe_file.from_dict` makes the same configuration."""
         return _plain(dataclasses.asdict(dataclasses.replace(self)))
@@ -366,18 +397,3 @@ def _plain(value: Any) -> Any:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names such as ``data.val_split`` in which two recipes, as plain values, would give different results."""
-    different = _flat(one).items() ^ _flat(other).items()
-    return sorted({name for name, _ in different} - WITHOUT_CONSEQUENCE)
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as ``{"data.path": "..."}``, values as JSON."""
-    if isinstance(values, dict) and values:
-        return {k: v for name, item in values.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
-    if isinstance(values, list) and values and isinstance(values[0], dict):
-        return {k: v for n, item in enumerate(values) for k, v in _flat(item, f"{prefix}.{n}").items()}
-    return {prefix: json.dumps(values)}

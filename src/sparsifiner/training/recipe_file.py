@@ -1,15 +1,19 @@
-"""Recipes as YAML, and what the command line changes in them."""
+"""Recipes as YAML, what the command line changes in them, and in what two of them differ."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..checks import choose
 from ..messages import one_line
+from ..yaml12 import load_yaml
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
+
+WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
 
 T = TypeVar("T")
 
@@ -29,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     path = Path(path)
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = load_yaml(path.read_text())
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -59,24 +63,12 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
 def _make(kind: type[T], settings: Any, where: str) -> T:
     if not isinstance(settings, Mapping):
         raise ValueError(f"{where} must hold named settings, got {settings!r}")
-    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = tuple(item.name for item in dataclasses.fields(kind))  # type: ignore[arg-type]
     for name in settings:
-        choose(f"setting {where + '.' if where else ''}{name}:", name, tuple(fields))
-    values = dict(settings)
-    for name, value in values.items():
-        if isinstance(value, str) and "float" in str(fields[name].type):
-            values[name] = _number(value)
-    if "name" in fields and "name" not in values:
+        choose(f"setting {where + '.' if where else ''}{name}:", name, fields)
+    if "name" in fields and "name" not in settings:
         raise ValueError(f"{where}: an entry has no name")
-    return kind(**values)
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 takes 1e-4 for text; where a number is due it is one."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return kind(**settings)
 
 
 def _override(settings: dict[str, Any], override: str) -> None:
@@ -86,7 +78,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise ValueError(f"{override!r} is not an override; write name=value, such as data.path=photos")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
     *outer, last = name.split(".")
@@ -111,3 +103,18 @@ def _item(place: list[Any], part: str, name: str) -> Any:
     if not part.isdigit() or int(part) >= len(place):
         raise ValueError(f"{name}: {part!r} must be a number below {len(place)}, the entries there are")
     return place[int(part)]
+
+
+def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names such as ``data.val_split`` in which two recipes, as plain values, would give different results."""
+    different = _flat(one).items() ^ _flat(other).items()
+    return sorted({name for name, _ in different} - WITHOUT_CONSEQUENCE)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``{"data.path": "..."}``, values as JSON."""
+    if isinstance(values, dict) and values:
+        return {k: v for name, item in values.items() for k, v in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        return {k: v for n, item in enumerate(values) for k, v in _flat(item, f"{prefix}.{n}").items()}
+    return {prefix: json.dumps(values)}

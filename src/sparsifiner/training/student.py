@@ -18,11 +18,13 @@ from ..methods import convert_with
 from ..models import load_model
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
 from ..tokens import is_pruned, unprune_tokens
-from .recipe import TEACHER_LOSSES, PhaseConfig, TrainConfig
+from .recipe import TEACHER_LOSSES, TrainConfig
 
 
 def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Module, nn.Module | None]:
-    """The student, and the dense teacher where the recipe's losses need one.
+    """The student, and the dense teacher where the recipe's losses need one, both in float32.
+
+    A folder may hold half precision. Small updates would round away in it, and ``precision`` says what is computed in.
 
     Args:
         config: the recipe.
@@ -37,7 +39,7 @@ def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Modul
         num_classes=num_classes,
         pretrained=config.pretrained,
         model_args=config.model_args,
-    )
+    ).float()
     if is_converted(base) and not is_sparse(base):
         raise ValueError(f"{config.model} is pruned or a baseline; name the dense model it was made from")
     saved = is_sparse(base)
@@ -59,10 +61,10 @@ def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Modul
 
 def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
     """The teacher if any phase needs one."""
-    if not any(needs_teacher(config, phase) for phase in config.phases):
+    if not any(needs_teacher(config, number) for number in range(len(config.phases))):
         return None
     if config.teacher != "same":
-        return load_model(config.teacher, img_size=config.data.size)
+        return load_model(config.teacher, img_size=config.data.size).float()
     if (
         config.pretrained
         and base.num_classes != _trained_classes(config, base)
@@ -89,13 +91,13 @@ def _trained_classes(config: TrainConfig, base: Any) -> int | None:
     return (getattr(base, "pretrained_cfg", None) or {}).get("num_classes")
 
 
-def needs_teacher(config: TrainConfig, phase: PhaseConfig) -> bool:
-    """Whether a phase asks the teacher anything.
+def needs_teacher(config: TrainConfig, number: int) -> bool:
+    """Whether the phase of that number asks the teacher anything.
 
     Attention is the student's own where that is the same teacher's: while it runs dense and nothing but predictors
     has learned.
     """
-    so_far = config.phases[: config.phases.index(phase) + 1]
+    phase, so_far = config.phases[number], config.phases[: number + 1]
     own_attention = config.teacher == "same" and phase.dense_attention and all(p.train == "predictor" for p in so_far)
     attention = "attn_recon" in phase.losses and not own_attention and config.teacher != "none"
     return bool(set(phase.losses) & set(TEACHER_LOSSES)) or attention

@@ -45,6 +45,8 @@ def make_accelerator(config: TrainConfig, folder: Path, *, cpu: bool) -> Acceler
         raise ValueError(
             f"precision {config.precision} or the device cannot be used here: {one_line(error)}"
         ) from error
+    if config.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate trains in float32 then
+        raise ValueError("precision fp16 does not work on a CPU; set precision=bf16 or fp32")
     if config.trackers:
         accelerator.init_trackers("sparsifiner", config=_flat(config.to_dict()))
     return accelerator
