@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -216,6 +218,25 @@ def test_lowrank_threshold_keeps_what_scores_above_it() -> None:
         connectivity = predictor(q, k, v, tiling, 0.25)
     assert torch.equal(connectivity.to_mask()[:, :, 1:], want)
     assert connectivity.num_keys == want.sum(-1).max()
+
+
+def test_a_threshold_holds_the_scores_of_one_chunk_at_a_time() -> None:
+    tiling = Tiling((6, 6), (1, 1), 1)
+    q, k, _ = tensors(tiling)
+    predictor = lowrank(tiling, score_threshold=0.8, keep_prefix=False, coef_topk=None)
+    with torch.no_grad():
+        score, _ = predictor.tile_scores(q, k, None, tiling, 0.25, None)
+        whole = predictor.select(score, [(0, 36)], tiling)
+        held: list[weakref.ref[torch.Tensor]] = []
+
+        def watched(start: int, stop: int) -> torch.Tensor:
+            assert sum(part() is not None for part in held) <= 1
+            part = score(start, stop)
+            held.append(weakref.ref(part))
+            return part
+
+        chunked = predictor.select(watched, [(start, start + 4) for start in range(0, 36, 4)], tiling)
+    assert torch.equal(chunked.to_mask(), whole.to_mask())
 
 
 def test_lowrank_reconstruction_uses_the_signed_basis_and_all_coefficients() -> None:

@@ -149,11 +149,11 @@ class LowRankPredictor(Predictor):
         if threshold is None:
             return super().select(scores, ranges, tiling)
         # A compiled graph needs a fixed width: there every candidate is listed and the bias drops the rest.
-        parts = [scores(start, stop) for start, stop in ranges]
-        longest = parts[0].shape[-1]
+        longest = self.num_candidates(tiling)
         if not torch.compiler.is_compiling():
-            longest = max(1, max(int((part > threshold).sum(-1).max()) for part in parts))
-        top = [part.topk(longest, dim=-1) for part in parts]
+            # Scores are computed twice: all of them at once would be tokens by tokens.
+            longest = max(1, max(int((scores(start, stop) > threshold).sum(-1).max()) for start, stop in ranges))
+        top = [scores(start, stop).topk(longest, dim=-1) for start, stop in ranges]
         above = torch.cat([part.values for part in top], dim=2) > threshold
         indices = self.with_prefix(torch.cat([part.indices for part in top], dim=2).to(torch.int32), tiling)
         kept = F.pad(above, (indices.shape[-1] - above.shape[-1], 0), value=True)
