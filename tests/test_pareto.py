@@ -69,6 +69,7 @@ def sweep(classifier, folder_of_images):
 
 
 RECIPE = from_dict({"phases": PHASES, "batch_size": 4, "log_every": 1, "sparsity": {"predictor": "lowrank"}})
+KEEPS_A_QUARTER = from_dict({"phases": [{"name": "cls", "steps": 1, "keep_rate": 0.25}], "sparsity": {}})
 
 
 def test_a_sweep_measures_every_cell(sweep, tmp_path):
@@ -202,6 +203,7 @@ def test_the_command_writes_table_and_figures(classifier, folder_of_images, tmp_
         ({"methods": ()}, "at least one method"),
         ({"stages": ("tuned",)}, "stage 'tuned' is unknown"),
         ({"stages": ("fine-tuned",)}, "need a recipe"),
+        ({"stages": ("fine-tuned",), "recipe": KEEPS_A_QUARTER}, "phase cls of the recipe sets keep_rate"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(sweep, changes, words):
