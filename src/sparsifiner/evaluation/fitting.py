@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..training.checkpoint import RESULT_NAME
 from ..training.data import Samples, collate
 from ..training.engine import train
 from ..training.randomness import seeded
-from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig, differing_settings
+from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, PhaseConfig, TrainConfig, differing_settings
 from ..training.sources import ImageSource, open_source
 from ..training.student import save_model
 from .cell import Cell, Row
@@ -75,12 +75,14 @@ class CellModels:
         return model.to(self.sweep.device, self.sweep.dtype).eval()
 
     def check_recipe(self, cell: Cell) -> None:
-        """Raise a ValueError if ``cell`` was fine-tuned in an earlier run, by another recipe than the sweep's."""
-        folder = self._folder(cell)
-        if cell.stage != "fine-tuned" or not (folder / RESULT_NAME).is_file():
+        """Raise a ValueError if ``cell`` cannot be trained by the sweep's recipe, or an earlier run did by another."""
+        if cell.stage != "fine-tuned":
+            return
+        folder, config = self._folder(cell), self._recipe(cell)[0]
+        if not (folder / RESULT_NAME).is_file():
             return
         made_by = json.loads((folder / RESULT_NAME).read_text())["recipe"]
-        names = differing_settings(made_by, self._recipe(cell)[0].to_dict())
+        names = differing_settings(made_by, config.to_dict())
         if names:
             raise ValueError(
                 f"{folder} was trained by another recipe ({', '.join(names)}); name another folder with --output"
@@ -127,14 +129,17 @@ class CellModels:
         start_from = self._calibrated(cell) if cell.learns_predictor else None
         phases = recipe.phases
         if not cell.learns_predictor:
-            phases = tuple(p for p in phases if p.train != "predictor" and not set(p.losses) & set(SCORE_LOSSES))
-            if len(phases) < len(recipe.phases):
+            phases = _without(SCORE_LOSSES, (phase for phase in phases if phase.train != "predictor"))
+            if phases != recipe.phases:
                 note.append("no predictor to train")
         if cell.method == "tome":
-            kept = [{name: weight for name, weight in p.losses.items() if name not in PATCH_LOSSES} for p in phases]
-            phases = tuple(
-                dataclasses.replace(p, losses=losses) for p, losses in zip(phases, kept, strict=True) if losses
-            )
+            length = len(phases)
+            phases = _without(PATCH_LOSSES, phases)
+            if len(phases) < length:
+                raise ValueError(
+                    "the recipe has a phase whose losses are all on patches; tome, whose merged tokens have no "
+                    "counterpart, would train fewer steps than the others: add kl to it, or leave tome out"
+                )
             note.append("merged tokens have no counterpart for losses on patches")
         if not phases:
             raise ValueError(f"the recipe has no phase that {cell.method} could be trained by; add cls_distill")
@@ -149,3 +154,12 @@ class CellModels:
             data=dataclasses.replace(self.sweep.data, val_split=None),
         )
         return config, "; ".join(note)
+
+
+def _without(losses: Sequence[str], phases: Iterable[PhaseConfig]) -> tuple[PhaseConfig, ...]:
+    """The phases without these losses; a phase that has no others is left out."""
+    kept = []
+    for phase in phases:
+        if others := {name: weight for name, weight in phase.losses.items() if name not in losses}:
+            kept.append(dataclasses.replace(phase, losses=others))
+    return tuple(kept)

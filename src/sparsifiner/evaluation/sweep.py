@@ -24,7 +24,8 @@ class Sweep:
         stages: any of :data:`STAGES`. Only sparse attention can be calibrated; all methods can be fine-tuned, those
             with a predictor to learn from where calibration leaves them.
         recipe: of the fine-tuning; its model, data, teacher and sparsity are those of the sweep and the cell, so no
-            phase may set a keep rate. Phases that train a predictor are left out for methods without one.
+            phase may set a keep rate. Methods without a predictor go without the phases that train nothing else, and
+            without its losses in the others, so that all backbones learn for the same number of steps.
         num_images: validation images to classify, in one random order for all cells; all if None.
         calibration_images: training images to calibrate on.
         batch_size: images per forward pass, also where speed is measured.
