@@ -53,6 +53,10 @@ def make_accelerator(config: TrainConfig, folder: Path, *, cpu: bool) -> Acceler
 def _check_tracker(name: str) -> None:
     from importlib.util import find_spec
 
+    from accelerate.utils import LoggerType
+
+    if name not in {known.value for known in LoggerType}:  # trackio came after 1.0
+        raise ValueError(f"the accelerate installed is too old for the tracker {name}: pip install -U accelerate")
     modules = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
     if not any(find_spec(module) for module in modules):
         raise ValueError(f"the tracker {name} is not installed: pip install {name}")
