@@ -23,3 +23,10 @@ def test_an_accelerate_that_does_not_know_the_tracker_is_told(monkeypatch, tmp_p
     assert refusal("trackio", tmp_path) == (
         "the accelerate installed is too old for the tracker trackio: pip install -U accelerate"
     )
+
+
+def test_a_folder_of_its_name_is_no_tracker(monkeypatch, tmp_path):
+    """wandb makes one where it runs; the run was accepted and nothing tracked."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refusal("wandb", tmp_path) == "the tracker wandb is not installed: pip install wandb"
