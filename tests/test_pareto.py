@@ -234,6 +234,9 @@ def test_every_backbone_learns_for_the_same_number_of_steps(sweep, tmp_path):
     with pytest.raises(ValueError, match="losses are all on patches; tome") as refused:
         run_sweep(sweep(**settings, recipe=tokens), tmp_path / "refused")
     assert "\n" not in str(refused.value)
+    dropping = dataclasses.replace(RECIPE, model_args={"drop_path_rate": 0.1})
+    with pytest.raises(ValueError, match="paper starts from its calibrated model.*drop_path_rate"):
+        run_sweep(sweep(**settings, recipe=dropping), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()  # before anything is measured
 
 

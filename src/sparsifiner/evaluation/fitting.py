@@ -127,6 +127,11 @@ class CellModels:
         recipe, note = self.sweep.recipe, []
         assert recipe is not None
         start_from = self._calibrated(cell) if cell.learns_predictor else None
+        if start_from is not None and recipe.model_args:
+            raise ValueError(
+                f"{cell.method} starts from its calibrated model, which takes no other arguments; leave model_args "
+                f"({', '.join(recipe.model_args)}) out of the recipe, or {cell.method} out of the sweep"
+            )
         phases = recipe.phases
         if not cell.learns_predictor:
             phases = _without(SCORE_LOSSES, (phase for phase in phases if phase.train != "predictor"))
