@@ -205,6 +205,25 @@ def test_all_kinds_of_images_are_taken(tmp_path: Path) -> None:
     assert all(same(result, results[0]) for result in results)
 
 
+def test_pictures_that_cannot_be_read_are_skipped(tmp_path: Path) -> None:
+    """In a list as in a folder; with the others alone the result is the same."""
+    photos = bundled_photos(2).photos
+    for photo in photos:
+        photo.image.resize((40, 40)).save(tmp_path / f"b{photo.name}.png")
+    good = sorted(tmp_path.iterdir())
+    broken = tmp_path / "a.png"
+    broken.write_bytes(good[0].read_bytes()[:200])
+    dense, results = tiny(), []
+    for images in (tmp_path, [broken, *good], [*good[:1], tmp_path / "missing.png", *good[1:]]):
+        sparse = sparsify(dense, POOLED)
+        with pytest.warns(UserWarning, match="1 files skipped, such as .*(a|missing).png"):
+            calibrate(sparse, images, max_images=2, progress=quietly)
+        results.append(weights(sparse))
+    sparse = sparsify(dense, POOLED)
+    calibrate(sparse, good, progress=quietly)
+    assert all(same(result, weights(sparse)) for result in results)
+
+
 def test_one_number_is_a_square_of_pixels(tmp_path: Path) -> None:
     bundled_photos(1).photos[0].image.save(tmp_path / "a.png")
     dense = lively(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, dynamic_img_size=True))

@@ -72,6 +72,7 @@ def sweep(classifier, folder_of_images):
 
 
 RECIPE = from_dict({"phases": PHASES, "batch_size": 4, "log_every": 1, "sparsity": {"predictor": "lowrank"}})
+KEEPS_A_QUARTER = from_dict({"phases": [{"name": "cls", "steps": 1, "keep_rate": 0.25}], "sparsity": {}})
 
 
 def test_a_sweep_measures_every_cell(sweep, tmp_path):
@@ -242,11 +243,41 @@ def test_the_dense_model_stands_where_the_axis_says_it_does(monkeypatch, tmp_pat
         ({"methods": ()}, "at least one method"),
         ({"stages": ("tuned",)}, "stage 'tuned' is unknown"),
         ({"stages": ("fine-tuned",)}, "need a recipe"),
+        ({"stages": ("fine-tuned",), "recipe": KEEPS_A_QUARTER}, "phase cls of the recipe sets keep_rate"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(sweep, changes, words):
     with pytest.raises(ValueError, match=words):
         sweep(**changes)
+
+
+def test_every_backbone_learns_for_the_same_number_of_steps(sweep, tmp_path):
+    """Whether a method has a predictor that some phases train, too, or not."""
+    phases = [
+        {"name": "attn_recon", "steps": 1},
+        {"name": "joint", "steps": 2},
+        {"name": "joint", "steps": 1, "losses": {"attn_recon": 1.0}},
+        {"name": "cls_distill", "steps": 1},
+    ]
+    recipe = from_dict({"phases": phases, "batch_size": 4, "sparsity": {"predictor": "lowrank"}})
+    methods = ("paper", "local", "tome", "dense")
+    settings = dict(methods=methods, keep_rates=(0.5,), stages=("fine-tuned",), num_images=4)
+    for row in run_sweep(sweep(**settings, recipe=recipe), tmp_path / "out")[1:]:
+        made_by = json.loads((tmp_path / "out" / "cells" / row.cell.name / "result.json").read_text())["recipe"]
+        trained = [phase for phase in made_by["phases"] if phase["losses"].keys() - {"attn_recon"}]
+        assert [(phase["name"], phase["steps"]) for phase in trained] == [("joint", 2), ("cls_distill", 1)]
+        has_predictor = row.cell.method == "paper"
+        assert len(made_by["phases"]) == (4 if has_predictor else 2)
+        assert ("attn_recon" in trained[0]["losses"]) == has_predictor
+        assert ("no predictor to train" in row.note) != has_predictor
+    tokens = from_dict({"phases": [{"name": "cls_distill", "steps": 1, "losses": {"token_mse": 1.0}}, *phases[3:]]})
+    with pytest.raises(ValueError, match="losses are all on patches; tome") as refused:
+        run_sweep(sweep(**settings, recipe=tokens), tmp_path / "refused")
+    assert "\n" not in str(refused.value)
+    dropping = dataclasses.replace(RECIPE, model_args={"drop_path_rate": 0.1})
+    with pytest.raises(ValueError, match="paper starts from its calibrated model.*drop_path_rate"):
+        run_sweep(sweep(**settings, recipe=dropping), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()  # before anything is measured
 
 
 def test_another_recipe_in_the_same_folder_is_refused(sweep, tmp_path):

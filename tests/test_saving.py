@@ -151,6 +151,14 @@ def test_weights_of_several_dtypes_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "lvvit_s"])
+def test_a_saved_model_learns_on_with_its_dropout(name: str, tmp_path: Path) -> None:
+    model = timm.create_model(name, img_size=64, depth=2, num_classes=5, drop_path_rate=0.3)
+    save_pretrained(sparsify(model, SparsifinerConfig(dense_below=0)), tmp_path)
+    rates = [path.drop_prob for path in from_pretrained(tmp_path).modules() if type(path).__name__ == "DropPath"]
+    assert max(rates) == pytest.approx(0.3)
+
+
 def test_layers_given_as_classes_are_saved_by_name_or_refused(tmp_path: Path) -> None:
     model = small_timm_model(act_layer=torch.nn.ReLU, norm_layer=partial(torch.nn.LayerNorm, eps=1e-3))
     sparse = sparsify(model, SparsifinerConfig(dense_below=0))

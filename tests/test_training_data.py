@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import struct
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy
@@ -229,6 +230,27 @@ def test_a_broken_image_is_replaced_in_training_and_left_out_in_validation(folde
     assert torch.cat([batch.numbers for batch in batches]).tolist() == [n for n in range(24) if n not in (4, 5, 23)]
     assert {name for batch in batches for name in batch.broken} == {"class0/4.png", "class0/5.png", "class2/7.png"}
     assert len(collate([(None, -1, 0, {"x": "y"})]).images) == 0
+
+
+def test_the_cost_of_an_image_does_not_depend_on_how_many_there_are():
+    class Large:
+        def __len__(self):
+            return 10**7
+
+        def image(self, number):
+            return Image.new("RGB", (2, 2))
+
+        def label(self, number):
+            return 0
+
+    data = Samples(Large(), lambda image: torch.zeros(1), 5, replace_broken=True)
+    tracemalloc.start()
+    try:
+        assert data[(0, 3)][2] == 3
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10**6
 
 
 def test_nothing_readable_is_an_error(folder_of_images, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 
@@ -30,8 +31,16 @@ def check_writable(folder: str | Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error."""
+def replacing(path: Path, *, sole_writer: bool = False) -> Iterator[Path]:
+    """A file beside ``path`` to write to; it takes the place of ``path`` when the block ends without an error.
+
+    Args:
+        path: the file.
+        sole_writer: no other process writes it at the same time, so what killed ones left beside it is removed.
+    """
+    if sole_writer:
+        for leftover in path.parent.glob(f".{escape(path.name)}-????????"):
+            leftover.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
     try:

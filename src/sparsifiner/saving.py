@@ -39,6 +39,9 @@ _DATA = (
 )  # fmt: skip
 """What of timm's ``pretrained_cfg`` says how images are prepared for the model."""
 
+_DROPOUT = ("drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate")
+"""Rates that timm leaves out of what it records; without them a saved model would learn on unregularised."""
+
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
     """Write a converted timm model to ``folder``: its settings as JSON, its weights as safetensors.
@@ -179,8 +182,10 @@ def _architecture(model: nn.Module) -> str:
 
 def _model_args(model: Any, given: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` as JSON holds them: those timm has recorded and those ``given``, with the
-    present depth, image size, classes and pooling. Rates of dropout are a matter of training and left out."""
-    arguments = get_model_args(model, given)
+    present depth, image size, classes and pooling."""
+    recorded = getattr(model, "_model_args", {})
+    rates = {name: recorded[name] for name in _DROPOUT if name in recorded}
+    arguments = get_model_args(model, {**rates, **(given or {})})
     blocks = getattr(model, "blocks", None)
     if blocks is not None:
         arguments["depth"] = len(blocks)

@@ -26,7 +26,8 @@ def load_images(
         model: a sparse model; pictures are resized and normalised for it.
         images: a folder of pictures, a list of picture files, a tensor ``[B, 3, height, width]`` of preprocessed
             images, or an iterable of such tensors, of single images ``[3, height, width]``, or of tuples that
-            start with either (a ``DataLoader`` with labels, which are ignored).
+            start with either (a ``DataLoader`` with labels, which are ignored). Pictures that cannot be read are
+            skipped with a warning.
         limit: how many to take at most; an iterable is read no further.
         size: rows and columns in pixels that pictures are brought to, or one number for both; the model's own if
             None.
@@ -49,11 +50,18 @@ def load_images(
             f"images must be a folder, picture files, tensors or a data loader, got {type(images).__name__}"
         )
     result: list[Tensor] = []
+    skipped: list[str] = []
     for number, entry in enumerate(images):
         if limit is not None and len(result) >= limit:
             break
         if isinstance(entry, (str, Path)):
-            result.append(preprocess(model, _size(model, size))(read_photo(Path(entry)))[None])
+            transform = preprocess(model, _size(model, size))
+            try:
+                photo = read_photo(Path(entry))
+            except ValueError as error:
+                skipped.append(str(error))
+            else:
+                result.append(transform(photo)[None])
             continue
         batch = entry[0] if isinstance(entry, (tuple, list)) and entry else entry
         if not isinstance(batch, Tensor) or batch.ndim not in (3, 4) or not batch.is_floating_point():
@@ -65,6 +73,10 @@ def load_images(
             raise ValueError(f"images: entry {number} holds values that are not finite")
         _refuse_misfits(model, f"entry {number}", batch.shape[-3:])
         result += [image[None] for image in (batch if batch.ndim == 4 else batch[None]).detach().cpu().float()]
+    if skipped and not result:
+        raise ValueError(f"there is no image left to calibrate on; {skipped[0]}")
+    if skipped:
+        warnings.warn(f"{len(skipped)} files skipped, such as this: {skipped[0]}", stacklevel=3)
     if not result:
         raise ValueError("there is no image to calibrate on; give a few dozen")
     return result[:limit]

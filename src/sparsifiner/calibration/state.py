@@ -61,7 +61,7 @@ class State:
         if self.path is None:
             return
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
-        with replacing(self.path) as temporary:
+        with replacing(self.path, sole_writer=True) as temporary:
             save_file(tensors, temporary, metadata={"done": json.dumps(self.done), "purpose": self.purpose})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..training.checkpoint import RESULT_NAME
 from ..training.data import Samples, collate
 from ..training.engine import train
 from ..training.randomness import seeded
-from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, TrainConfig
+from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, PhaseConfig, TrainConfig
 from ..training.recipe_file import differing_settings
 from ..training.sources import ImageSource, open_source, source_digest
 from ..training.student import save_model
@@ -184,16 +184,24 @@ class CellModels:
         recipe, note = self.sweep.recipe, []
         assert recipe is not None
         start_from = self._calibrated(cell) if cell.learns_predictor else None
+        if start_from is not None and recipe.model_args:
+            raise ValueError(
+                f"{cell.method} starts from its calibrated model, which takes no other arguments; leave model_args "
+                f"({', '.join(recipe.model_args)}) out of the recipe, or {cell.method} out of the sweep"
+            )
         phases = recipe.phases
         if not cell.learns_predictor:
-            phases = tuple(p for p in phases if p.train != "predictor" and not set(p.losses) & set(SCORE_LOSSES))
-            if len(phases) < len(recipe.phases):
+            phases = _without(SCORE_LOSSES, (phase for phase in phases if phase.train != "predictor"))
+            if phases != recipe.phases:
                 note.append("no predictor to train")
         if cell.method == "tome":
-            kept = [{name: weight for name, weight in p.losses.items() if name not in PATCH_LOSSES} for p in phases]
-            phases = tuple(
-                dataclasses.replace(p, losses=losses) for p, losses in zip(phases, kept, strict=True) if losses
-            )
+            length = len(phases)
+            phases = _without(PATCH_LOSSES, phases)
+            if len(phases) < length:
+                raise ValueError(
+                    "the recipe has a phase whose losses are all on patches; tome, whose merged tokens have no "
+                    "counterpart, would train fewer steps than the others: add kl to it, or leave tome out"
+                )
             note.append("merged tokens have no counterpart for losses on patches")
         if not phases:
             raise ValueError(f"the recipe has no phase that {cell.method} could be trained by; add cls_distill")
@@ -208,3 +216,12 @@ class CellModels:
             data=dataclasses.replace(self.sweep.data, val_split=None),
         )
         return config, "; ".join(note)
+
+
+def _without(losses: Sequence[str], phases: Iterable[PhaseConfig]) -> tuple[PhaseConfig, ...]:
+    """The phases without these losses; a phase that has no others is left out."""
+    kept = []
+    for phase in phases:
+        if others := {name: weight for name, weight in phase.losses.items() if name not in losses}:
+            kept.append(dataclasses.replace(phase, losses=others))
+    return tuple(kept)

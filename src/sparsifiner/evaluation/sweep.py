@@ -23,8 +23,9 @@ class Sweep:
         keep_rates: of each method.
         stages: any of :data:`STAGES`. Only methods with a predictor or a tail can be calibrated; all can be
             fine-tuned, those with a predictor to learn from where calibration leaves them.
-        recipe: of the fine-tuning; its model, data, teacher and sparsity are those of the sweep and the cell. Phases
-            that train a predictor are left out for methods without one.
+        recipe: of the fine-tuning; its model, data, teacher and sparsity are those of the sweep and the cell, so no
+            phase may set a keep rate. Methods without a predictor go without the phases that train nothing else, and
+            without its losses in the others, so that all backbones learn for the same number of steps.
         num_images: validation images to classify, in one random order for all cells; all if None.
         calibration_images: training images to calibrate on.
         batch_size: images per forward pass, also where speed is measured.
@@ -58,10 +59,20 @@ class Sweep:
             for stage in self.stages:
                 for keep_rate in self.keep_rates:
                     Cell(method, keep_rate, stage)
-        if "fine-tuned" in self.stages and self.recipe is None:
-            raise ValueError("fine-tuned cells need a recipe; recipes/cifar10_sweep.yaml is one")
+        if "fine-tuned" in self.stages:
+            self._check_recipe()
         if self.data.val_split is None:
             raise ValueError("data.val_split is null; name the split to measure on")
+
+    def _check_recipe(self) -> None:
+        if self.recipe is None:
+            raise ValueError("fine-tuned cells need a recipe; recipes/cifar10_sweep.yaml is one")
+        for number, phase in enumerate(self.recipe.phases):
+            if phase.keep_rate is not None:
+                raise ValueError(
+                    f"phase {phase.name} of the recipe sets keep_rate, but in a sweep it is that of each cell; "
+                    f"leave it out, or add phases.{number}.keep_rate=null behind the command"
+                )
 
     def cells(self) -> list[Cell]:
         """Dense first, then method by method, each stage by itself; what a method has no stage for is left out."""

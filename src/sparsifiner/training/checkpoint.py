@@ -56,7 +56,7 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Replace the checkpoint of the folder."""
     values = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-    with replacing(folder / CHECKPOINT_NAME) as temporary:
+    with replacing(folder / CHECKPOINT_NAME, sole_writer=True) as temporary:
         torch.save({"format": FORMAT, **values}, temporary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,7 @@ class Samples(Dataset[Any]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, int, dict[str, str]]:
         epoch, wanted = place
         broken: dict[str, str] = {}
-        for number in (*range(wanted, len(self)), *range(wanted)):
+        for number in chain(range(wanted, len(self)), range(wanted)):
             try:
                 image = self.source.image(number)
             except Exception as error:  # decoders raise what they like on a broken file

@@ -55,8 +55,13 @@ def make_accelerator(config: TrainConfig, folder: Path, *, cpu: bool) -> Acceler
 def _check_tracker(name: str) -> None:
     from importlib.util import find_spec
 
-    modules = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
-    if not any(find_spec(module) for module in modules):
+    from accelerate.utils import LoggerType
+
+    if name not in {known.value for known in LoggerType}:  # trackio came after 1.0
+        raise ValueError(f"the accelerate installed is too old for the tracker {name}: pip install -U accelerate")
+    specs = [find_spec(module) for module in (("tensorboard", "tensorboardX") if name == "tensorboard" else (name,))]
+    # wandb makes a folder of its name where it runs; a folder without __init__.py has a spec, too, but no origin.
+    if not any(spec is not None and spec.origin is not None for spec in specs):
         raise ValueError(f"the tracker {name} is not installed: pip install {name}")
 
 
