@@ -115,7 +115,6 @@ def save_model(model: nn.Module, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as made:
         save_for_hf(model, made, safe_serialization=True)
         for name in ("model.safetensors", "config.json"):
-            with replacing(
-                folder / name
-            ) as temporary:  # which sets the mode: safetensors makes files nobody else reads
+            # It sets the mode, too: safetensors makes files that nobody else may read.
+            with replacing(folder / name) as temporary:
                 os.replace(Path(made) / name, temporary)
