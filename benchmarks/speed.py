@@ -98,6 +98,7 @@ CASES: dict[str, Callable[[], Any]] = {
         (64, 64), ALWAYS.replace(**WIDE, tail=(4, 8)), num_prefix_tokens=0
     ),
     "layer, default": lambda: measure_operator((64, 64), ALWAYS),
+    "layer, tail of whole blocks": lambda: measure_operator((64, 64), ALWAYS.replace(tail_refine=0)),
     "layer, 4x8 tiles, 2 queries each, 410 + 128 keys": lambda: measure_operator(
         (64, 64), ALWAYS.replace(query_tile=(4, 8), query_pool=(4, 4), tail=(4, 8)), num_prefix_tokens=0
     ),
