@@ -26,6 +26,10 @@ SETTINGS: dict[str, tuple[SparsifinerConfig, dict[str, Any]]] = {
     "pooled, keep rates per layer, keep 0.1": (SparsifinerConfig(keep_rate=0.1), dict(keep_rates="per_layer")),
     "pooled, keep 0.1": (SparsifinerConfig(keep_rate=0.1), {}),
     "lowrank, spectral start, keep 0.1": (SparsifinerConfig(keep_rate=0.1, **LOWRANK), dict(steps=0)),
+    "lowrank, keep rates per layer, keep 0.1": (
+        SparsifinerConfig(keep_rate=0.1, **LOWRANK),
+        dict(steps=0, keep_rates="per_layer"),
+    ),
     "lowrank, 200 steps, keep 0.1": (SparsifinerConfig(keep_rate=0.1, **LOWRANK), dict(steps=200)),
     "paper, spectral start, keep 0.1": (SparsifinerConfig.paper(keep_rate=0.1), dict(steps=0)),
     "paper, 200 steps, keep 0.1": (SparsifinerConfig.paper(keep_rate=0.1), dict(steps=200)),

@@ -39,7 +39,11 @@ SETTINGS = {
     "local window, keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="local"),
 }
 WHOLE_BLOCKS = {
-    f"tail of whole blocks, keep {rate}": SparsifinerConfig(keep_rate=rate, tail_refine=0) for rate in (0.05, 0.1, 0.25)
+    **{
+        f"tail of whole blocks, keep {rate}": SparsifinerConfig(keep_rate=rate, tail_refine=0)
+        for rate in (0.05, 0.1, 0.25)
+    },
+    "local window, tail of whole blocks, keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="local", tail_refine=0),
 }
 SCREENING = {
     f"every key scored, keep {rate}": SparsifinerConfig(keep_rate=rate, screen_from=None) for rate in (0.05, 0.1)

@@ -35,8 +35,8 @@ class SparsifinerConfig:
             speed-up), ``local``, ``strided`` and ``random`` are fixed-pattern baselines.
         query_tile: rows and columns of the patch rectangle whose queries share one list of keys.
             ``(1, 1)`` is the paper's per-token connectivity.
-        tail: rows and columns of the patch blocks whose pooled key and value stand in for the keys
-            that were not kept, or None to drop those keys as the paper does.
+        tail: rows and columns of the patch blocks that the tail's groups start as, whose mean key and value stand in
+            for the keys that were not kept; None drops those keys as the paper does.
         tail_refine: how often the patches of these blocks are regrouped by their values (Lloyd steps), each joining the
             nearest mean of its own and the neighbouring blocks; 0 pools the blocks as they are. It takes no effect
             with an attention bias.
