@@ -160,6 +160,16 @@ def test_the_reconstruction_phase_runs_dense_and_trains_the_predictor_alone(tiny
     assert got == {name for name, _ in student.named_parameters() if ".predictor." in name}
 
 
+def reconstruction_of(student, x, attention):
+    """The squared error of the first layer's scores for two images, whose attention is to be ``attention``."""
+    layer = student.blocks[0].attn
+    with sparsifiner.record(student, tensors=True) as own:
+        student(x)
+    q, k = own["blocks.0.attn"].q, own["blocks.0.attn"].k
+    scores = scores_of(layer.predictor, q, k, layer.tiling(q.shape[2]))
+    return (scores - attention[:, :, 1:]).square().sum() / 2
+
+
 @pytest.mark.parametrize("taught", [False, True])
 def test_the_attention_to_imitate_has_the_models_biases(images, taught):
     dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=1))
@@ -167,12 +177,7 @@ def test_the_attention_to_imitate_has_the_models_biases(images, taught):
     attention = attention_of(dense, x)
     student = sparsifiner.sparsify(dense, SparsifinerConfig.paper(0.2))
     enter_phase(student, PhaseConfig("attn_recon", steps=1))
-    layer = student.blocks[0].attn
-    with sparsifiner.record(student, tensors=True) as own:
-        student(x)
-    q, k = own["blocks.0.attn"].q, own["blocks.0.attn"].k
-    scores = scores_of(layer.predictor, q, k, layer.tiling(q.shape[2]))
-    expected = (scores - attention[:, :, 1:]).square().sum() / 2
+    expected = reconstruction_of(student, x, attention)
     _, parts = Objective(student, dense if taught else None, {"attn_recon": 1.0})(x, None)
     assert parts["attn_recon"].item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -194,12 +199,7 @@ def test_a_teacher_of_wider_heads_has_its_own_scale(tiny_vit, images):
     student = sparsifiner.sparsify(tiny_vit(depth=1), SparsifinerConfig.paper(0.3))
     x = images(2, 3, 32, 32)
     attention = attention_of(teacher, x)
-    layer = student.blocks[0].attn
-    with sparsifiner.record(student, tensors=True) as own:
-        student(x)
-    q, k = own["blocks.0.attn"].q, own["blocks.0.attn"].k
-    scores = scores_of(layer.predictor, q, k, layer.tiling(q.shape[2]))
-    expected = (scores - attention[:, :, 1:]).square().sum() / 2
+    expected = reconstruction_of(student, x, attention)
     _, parts = Objective(student, teacher, {"attn_recon": 1.0})(x, None)
     assert parts["attn_recon"].item() == pytest.approx(expected.item(), rel=1e-4)
 

@@ -92,6 +92,11 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def serves(x: Tensor) -> bool:
+    """Whether the kernels can take ``x`` ``[B, H, N, D]`` where nothing needs its gradient."""
+    return why_not(x) is None and why_not_width(x.shape[-1]) is None and not needs_gradients(x)
+
+
 Rows = tuple[int, int, int, int]
 """Address, and strides in elements of batch, head and token."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .pooling import check_tokens
 from .tiling import Tiling
 
 
@@ -26,7 +27,7 @@ def group_patches(x: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor
         where torch computes it; and the distance of each token from the mean of its group, of prefix tokens from zero,
         ``[B, H, N]``.
     """
-    if _serves(x):
+    if cpu.serves(x):
         return native_group_patches(x, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens, steps)
     prefix, patches = x[:, :, : blocks.num_prefix_tokens], x[:, :, blocks.num_prefix_tokens :]
     with torch.no_grad():
@@ -46,7 +47,7 @@ def pool_groups(x: Tensor, member: Tensor, blocks: Tiling) -> Tensor:
         member: group of each patch, from :func:`group_patches`.
         blocks: the blocks that the groups started as.
     """
-    if _serves(x):
+    if cpu.serves(x):
         return native_pool_groups(x, member, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
     patches = x[:, :, blocks.num_prefix_tokens :]
     empty = x.new_zeros((*x.shape[:2], blocks.num_tiles, x.shape[3]))
@@ -74,10 +75,6 @@ def grouping_macs(blocks: Tiling, width: int, steps: int) -> int:
             breadth = min(blocks.tile[1], blocks.grid[1] - column * blocks.tile[1])
             pairs += height * breadth * around_rows * (min(columns - 1, column + 1) - max(0, column - 1) + 1)
     return width * steps * (pairs + blocks.num_patches)
-
-
-def _serves(x: Tensor) -> bool:
-    return cpu.why_not(x) is None and cpu.why_not_width(x.shape[-1]) is None and not cpu.needs_gradients(x)
 
 
 def _lloyd(patches: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +117,7 @@ def native_group_patches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`group_patches` of ``[B, H, prefix + rows * columns, D]``; distances are float32."""
     member, means, distances = _empty(x, rows, columns, block_rows, block_columns)
-    _check_tokens(x, rows, columns, prefix)
+    check_tokens(x, rows, columns, prefix)
     x = cpu.readable_rows(x)
     cpu._native.group_patches(
         (*x.shape[:2], x.shape[3], steps),
@@ -148,7 +145,7 @@ def native_pool_groups(
 ) -> Tensor:
     """:func:`pool_groups` of ``[B, H, prefix + rows * columns, D]``."""
     _, means, _ = _empty(x, rows, columns, block_rows, block_columns)
-    _check_tokens(x, rows, columns, prefix)
+    check_tokens(x, rows, columns, prefix)
     if member.dtype != torch.int32 or member.shape != (*x.shape[:2], rows * columns):
         raise ValueError(f"member must be int32 [B, H, {rows * columns}], got {member.dtype} {list(member.shape)}")
     x, member = cpu.readable_rows(x), member.contiguous()
@@ -168,11 +165,6 @@ def native_pool_groups(
 @native_pool_groups.register_fake
 def _(x: Tensor, member: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int) -> Tensor:
     return _empty(x, rows, columns, block_rows, block_columns)[1]
-
-
-def _check_tokens(x: Tensor, rows: int, columns: int, prefix: int) -> None:
-    if x.shape[2] != prefix + rows * columns:
-        raise ValueError(f"x must have {prefix + rows * columns} tokens, got {list(x.shape)}")
 
 
 def _empty(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int) -> tuple[Tensor, Tensor, Tensor]:

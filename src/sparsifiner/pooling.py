@@ -55,12 +55,17 @@ def distance_from_block(x: Tensor, blocks: Tiling) -> Tensor:
         x: tokens, prefix tokens first. They lie in no block: theirs is the distance from zero.
         blocks: blocks of the patch grid, with the number of prefix tokens.
     """
-    reason = cpu.why_not(x) or cpu.why_not_width(x.shape[-1])
-    if reason is None and not cpu.needs_gradients(x):
+    if cpu.serves(x):
         return native_block_distances(x, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens)
     prefix, patches = x[:, :, : blocks.num_prefix_tokens], x[:, :, blocks.num_prefix_tokens :]
     means = blocks.mean_patches(patches)[:, :, blocks.tile_of_patch(x.device)]
     return torch.cat([prefix, patches - means], dim=2).norm(dim=-1)
+
+
+def check_tokens(x: Tensor, rows: int, columns: int, prefix: int) -> None:
+    """Refuse ``x`` ``[B, H, N, D]`` whose tokens are not ``prefix`` ones and a grid of ``rows`` by ``columns``."""
+    if x.shape[2] != prefix + rows * columns:
+        raise ValueError(f"x must have {prefix + rows * columns} tokens, got {list(x.shape)}")
 
 
 @torch.library.custom_op("sparsifiner::native_block_distances", mutates_args=(), device_types="cpu")
@@ -69,8 +74,7 @@ def native_block_distances(
 ) -> Tensor:
     """Distances from the block mean, float32 ``[B, H, N]``."""
     batch, heads, num_tokens, width = x.shape
-    if num_tokens != prefix + rows * columns:
-        raise ValueError(f"x must have {prefix + rows * columns} tokens, got {list(x.shape)}")
+    check_tokens(x, rows, columns, prefix)
     out = x.new_empty((batch, heads, num_tokens), dtype=torch.float32)
     x = cpu.readable_rows(x)
     grid = (prefix, rows, columns, block_rows, block_columns)
@@ -89,9 +93,8 @@ def _(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, p
 @torch.library.custom_op("sparsifiner::native_pool_blocks", mutates_args=(), device_types="cpu")
 def native_pool_blocks(x: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, prefix: int) -> Tensor:
     """``[B, H, prefix + rows * columns, D]`` to the means of its blocks, ``[B, H, P, D]``."""
-    batch, heads, num_tokens, width = x.shape
-    if num_tokens != prefix + rows * columns:
-        raise ValueError(f"x must have {prefix + rows * columns} tokens, got {list(x.shape)}")
+    batch, heads, _, width = x.shape
+    check_tokens(x, rows, columns, prefix)
     out = _empty_blocks(x, rows, columns, block_rows, block_columns)
     x = x if x.stride(3) == 1 else x.contiguous()
     cpu._native.pool_blocks(

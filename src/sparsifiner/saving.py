@@ -18,7 +18,7 @@ from .attention import SparseAttention
 from .baselines import apply_baseline, baseline_parameters, baseline_settings
 from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
-from .digest import state_digest as _fingerprint
+from .digest import state_digest
 from .files import replacing, write_atomically
 from .grid import check_image_size
 from .messages import one_line
@@ -86,11 +86,11 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     }
     base = _local_pretrained(architecture, arguments, dtype)
     if base is not None:
-        settings["dense_fingerprint"] = _fingerprint(base)
+        settings["dense_fingerprint"] = state_digest(base)
         state = {
             name: tensor for name, tensor in state.items() if name not in base or not torch.equal(tensor, base[name])
         }
-    settings["weights_fingerprint"] = _fingerprint(state)
+    settings["weights_fingerprint"] = state_digest(state)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_NAME) as temporary:
@@ -117,7 +117,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
     folder = Path(folder)
     settings = _read_settings(folder)
     weights = _read_weights(folder / WEIGHTS_NAME)
-    if settings.get("weights_fingerprint") not in (None, _fingerprint(weights)):
+    if settings.get("weights_fingerprint") not in (None, state_digest(weights)):
         raise ValueError(
             f"{folder / WEIGHTS_NAME} does not belong to the {CONFIG_NAME} beside it: a save was interrupted, or one "
             f"file was changed alone; save the model again"
@@ -131,7 +131,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
     # Versions that did not save it leave what timm knows of the architecture.
     for name, value in settings.get("data", {}).items():
         vars(model)["pretrained_cfg"][name] = tuple(value) if isinstance(value, list) else value
-    if delta and _fingerprint(model.state_dict()) != settings["dense_fingerprint"]:
+    if delta and state_digest(model.state_dict()) != settings["dense_fingerprint"]:
         raise ValueError(
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
             f"weights here are not the ones it was made from; save the model again where it was made"
