@@ -35,5 +35,6 @@ constexpr Kernels level_kernels = {
     group_tile<Float>,
     nearest_scratch<Float>,
     nearest<Float>,
+    half_square,
     distances,
 };

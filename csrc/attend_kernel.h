@@ -30,7 +30,7 @@ struct Buffers {
   float* sum;         // [lanes]
 };
 
-constexpr int kMaxLanes = 64;
+constexpr int kMaxLanes = 64, kMaxWidth = 128;
 constexpr int kPadding = 16;
 
 // Hands out parts of scratch, each at whole cache lines; from a null base it counts their bytes.
@@ -207,28 +207,37 @@ inline void online_softmax(const Buffers& b, int count, Rescale rescale) {
   for (int i = 0; i < NV; ++i) V::store(b.sum + i * L, sum[i]);
 }
 
+// to[w][lane] = rows[lane][w] for V::lanes rows of `words` words; rows of the result lie `stride` words apart.
+template <class V>
+inline void transpose_rows(const uint32_t* const* rows, int words, uint32_t* to, int stride) {
+  constexpr int L = V::lanes;
+  int w = 0;
+  for (; w + L <= words; w += L) V::transpose(rows, w, to + w * stride, stride);
+  for (; w < words; ++w)
+    for (int lane = 0; lane < L; ++lane) __builtin_memcpy(to + w * stride + lane, rows[lane] + w, 4);
+}
+
 // Queries to lanes; lanes without a query hold zeros.
 template <class V, Mode mode, int NV>
 inline void transpose_queries(const TileTask& t, int first, int count, const Buffers& b) {
-  constexpr int lanes = NV * V::lanes;
+  constexpr int L = V::lanes, lanes = NV * L;
   const int words = mode == Mode::dot ? t.width / 2 : t.width;
-  const uint32_t* const* rows = reinterpret_cast<const uint32_t* const*>(t.q + first);
-  int lane = 0;
-  if constexpr (V::lanes == 16 && mode != Mode::convert)
-    if (words % 16 == 0)
-      for (; lane + 16 <= count; lane += 16)
-        for (int w = 0; w < words; w += 16) V::transpose(rows + lane, w, b.q + w * lanes + lane, lanes);
-  for (; lane < lanes; ++lane) {
-    if (lane >= count) {
-      for (int w = 0; w < words; ++w) b.q[w * lanes + lane] = 0;
-      continue;
+  static const uint32_t zeros[kMaxWidth] = {};
+  uint32_t wide[mode == Mode::convert ? L * kMaxWidth : 1];
+  for (int lane = 0; lane < lanes; lane += L) {
+    const uint32_t* rows[L];
+    for (int i = 0; i < L; ++i) {
+      rows[i] = zeros;
+      if (lane + i >= count) continue;
+      const void* query = t.q[first + lane + i];
+      if constexpr (mode == Mode::convert) {
+        widen(static_cast<const uint16_t*>(query), wide + i * t.width, t.width);
+        rows[i] = wide + i * t.width;
+      } else {
+        rows[i] = static_cast<const uint32_t*>(query);
+      }
     }
-    const uint32_t* row = rows[lane];
-    if constexpr (mode == Mode::convert) {
-      widen(static_cast<const uint16_t*>(t.q[first + lane]), reinterpret_cast<uint32_t*>(b.row), t.width);
-      row = reinterpret_cast<const uint32_t*>(b.row);
-    }
-    for (int w = 0; w < words; ++w) __builtin_memcpy(b.q + w * lanes + lane, row + w, 4);
+    transpose_rows<V>(rows, words, b.q + lane, lanes);
   }
 }
 
@@ -247,22 +256,16 @@ inline void store_query(const TileTask& t, int query, const float* row, float su
 
 template <class V, int NV>
 inline void store_result(const TileTask& t, int first, int count, const Buffers& b) {
-  constexpr int lanes = NV * V::lanes;
+  constexpr int L = V::lanes, lanes = NV * L;
   for (int lane = 0; lane < count; ++lane) {
-    const float* row = b.row;
-    if constexpr (V::lanes == 16) {
-      // The logits are no longer needed; their room takes the result, one row per query.
-      if (lane % 16 == 0)
-        for (int d = 0; d < t.width; d += 16) {
-          const uint32_t* rows[16];
-          for (int i = 0; i < 16; ++i) rows[i] = reinterpret_cast<const uint32_t*>(b.out + (d + i) * lanes + lane);
-          V::transpose(rows, 0, reinterpret_cast<uint32_t*>(b.logits) + d, t.width);
-        }
-      row = b.logits + lane % 16 * t.width;
-    } else {
-      for (int d = 0; d < t.width; ++d) b.row[d] = b.out[d * lanes + lane];
-    }
-    store_query(t, first + lane, row, b.sum[lane], b.row);
+    // The logits are no longer needed; their room takes the result, one row per query.
+    if (lane % L == 0)
+      for (int d = 0; d < t.width; d += L) {
+        const uint32_t* rows[L];
+        for (int i = 0; i < L; ++i) rows[i] = reinterpret_cast<const uint32_t*>(b.out + (d + i) * lanes + lane);
+        V::transpose(rows, 0, reinterpret_cast<uint32_t*>(b.logits) + d, t.width);
+      }
+    store_query(t, first + lane, b.logits + lane % L * t.width, b.sum[lane], b.row);
   }
 }
 

@@ -56,13 +56,15 @@ struct GroupTask {
   void* out;                // [groups][width]
 };
 
-// Some rows, each of which joins the nearest of a few means.
+// Some rows, each of which joins the nearest of a few means and is added to what becomes that group's next mean.
 struct NearestTask {
   DType dtype;
   int width, count, candidates;
-  const void* const* rows;    // [count]
-  const float* const* means;  // [candidates], each [width]
-  int32_t* nearest;           // [count]: number of the nearest candidate, the first of equally near ones
+  const void* const* rows;      // [count]
+  const float* const* means;    // [candidates], each [width]
+  const float* half_squares;    // [candidates]: |mean|^2 / 2
+  float* const* sums;           // [candidates], each [width]
+  int32_t* nearest;             // [count]: number of the nearest candidate, the first of equally near ones
 };
 
 constexpr int kMaxScoreQueries = 256;
@@ -91,6 +93,7 @@ struct Kernels {
   void (*group_tile)(const GroupTask& task, void* scratch);
   std::size_t (*nearest_scratch)(const NearestTask& task);
   void (*nearest)(const NearestTask& task, void* scratch);
+  float (*half_square)(const float* row, int width);  // |row|^2 / 2
   void (*distances)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean, float* out);
 };
 

@@ -14,11 +14,6 @@ namespace {
 #include "amx_emulated_tiles.h"
 
 struct Vector : PortableVector<16> {
-  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t stride) {
-    for (int i = 0; i < 16; ++i)
-      for (int w = 0; w < 16; ++w) __builtin_memcpy(to + w * stride + i, rows[i] + first + w, 4);
-  }
-
   static F dot(F lanes, uint32_t pair, F sum) {
     const I bits = (I)lanes, high = static_cast<int32_t>(0xffff0000) & bits;
     return sum + (F)(bits << 16) * from_bits(pair << 16) + (F)high * from_bits(pair & 0xffff0000);

@@ -36,7 +36,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels avx512_kernels;
 const Kernels avx512_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, key_words, pack_keys, score_scratch<Avx512>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx512>, score_quads_by_dtype<Avx512, Avx512Compressor>, group_scratch<Avx512>, group_tile<Avx512>, nearest_scratch<Avx512>, nearest<Avx512>, distances,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, key_words, pack_keys, score_scratch<Avx512>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Avx512>, score_quads_by_dtype<Avx512, Avx512Compressor>, group_scratch<Avx512>, group_tile<Avx512>, nearest_scratch<Avx512>, nearest<Avx512>, half_square, distances,
 };
 
 }  // namespace sparsifiner

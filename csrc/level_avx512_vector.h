@@ -24,7 +24,7 @@ struct Avx512 {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b if either is NaN
   static bool any_greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
-  // to[w][i] = rows[i][w] for 16 rows and 16 words; rows of the result lie `stride` words apart.
+  // to[w][i] = rows[i][first + w] for 16 rows and 16 words; rows of the result lie `stride` words apart.
   static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t stride) {
     __m512i r[16], t[16];
 #pragma GCC unroll 16

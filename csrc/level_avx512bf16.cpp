@@ -25,7 +25,7 @@ void attend(const TileTask& task, void* memory) {
 
 extern const Kernels avx512bf16_kernels;
 const Kernels avx512bf16_kernels = {
-    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, byte_key_words, pack_key_bytes<Avx512Bytes>, score_scratch<Avx512>, score_in_bytes<Avx512Bytes, Avx512Compressor>, quad_words<Mode::dot>, pack_quad<Mode::dot>, score_quads_scratch<Avx512>, score_quads<Avx512Bf16, Mode::dot, Avx512Compressor>, group_scratch<Avx512>, group_tile<Avx512>, nearest_scratch<Avx512>, nearest<Avx512>, distances,
+    attend_scratch, attend, select_topk<Avx512Compressor>, add_rows, store_row, kKeyBlock<Avx512>, Avx512::keys, byte_key_words, pack_key_bytes<Avx512Bytes>, score_scratch<Avx512>, score_in_bytes<Avx512Bytes, Avx512Compressor>, quad_words<Mode::dot>, pack_quad<Mode::dot>, score_quads_scratch<Avx512>, score_quads<Avx512Bf16, Mode::dot, Avx512Compressor>, group_scratch<Avx512>, group_tile<Avx512>, nearest_scratch<Avx512>, nearest<Avx512>, half_square, distances,
 };
 
 }  // namespace sparsifiner

@@ -36,7 +36,7 @@ bool score(const ScoreTask& task, void* memory) {
 
 extern const Kernels portable_kernels;
 const Kernels portable_kernels = {
-    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, Portable::keys, key_words, pack_keys, score_scratch<Portable>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Portable>, score_quads_by_dtype<Portable, ScalarCompressor>, group_scratch<Portable>, group_tile<Portable>, nearest_scratch<Portable>, nearest<Portable>, distances,
+    attend_scratch, attend, select_topk<ScalarCompressor>, add_rows, store_row, kKeyBlock<Portable>, Portable::keys, key_words, pack_keys, score_scratch<Portable>, score, quad_words<Mode::plain>, pack_quad<Mode::plain>, score_quads_scratch<Portable>, score_quads_by_dtype<Portable, ScalarCompressor>, group_scratch<Portable>, group_tile<Portable>, nearest_scratch<Portable>, nearest<Portable>, half_square, distances,
 };
 
 }  // namespace sparsifiner

@@ -33,6 +33,12 @@ struct PortableVector {
     return any != 0;
   }
 
+  // to[w][i] = rows[i][first + w] for L rows and L words; rows of the result lie `stride` words apart.
+  static void transpose(const uint32_t* const* rows, int first, uint32_t* to, int64_t stride) {
+    for (int i = 0; i < L; ++i)
+      for (int w = 0; w < L; ++w) __builtin_memcpy(to + w * stride + i, rows[i] + first + w, 4);
+  }
+
   // 2^x for x <= 0; 0 below -126, NaN for NaN. Relative error 1e-7.
   template <bool coarse>
   static F exp2(F x) {

@@ -89,6 +89,9 @@ struct BlockGrid {
   int64_t vertical() const { return (rows + block_rows - 1) / block_rows; }
   int64_t horizontal() const { return (columns + block_columns - 1) / block_columns; }
   int64_t blocks() const { return vertical() * horizontal(); }
+  int64_t end_of_band(int64_t band) const {  // the row after it
+    return band + 1 < vertical() ? (band + 1) * block_rows : rows;
+  }
 };
 
 // The same, but only the keys of `num_blocks` blocks of 4 patches are scored one by one, and probabilities are over

@@ -213,4 +213,7 @@ def test_library_contracts() -> None:
         ops.native_group_patches(x[:, :, :80], 9, 10, 4, 4, 1, 2)
     with pytest.raises(ValueError, match="member must be int32"):
         ops.native_pool_groups(x, member.long(), 9, 10, 4, 4, 1)
+    member[0, 1, 89] = 0  # the last patch, in the group of the first block
+    with pytest.raises(IndexError, match="member: patch 89 is in group 0, which is none of those around its block"):
+        ops.native_pool_groups(x, member, 9, 10, 4, 4, 1)
     assert count_unkept(indices, None, Tiling((9, 10), (4, 4), 1)).isfinite().all()
