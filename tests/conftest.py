@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from sparsifiner.evaluation import Sweep
     from sparsifiner.training.recipe import TrainConfig
 
 
@@ -108,6 +109,47 @@ def recipe(folder_of_images: Path) -> Callable[..., TrainConfig]:
                 **changes,
             }
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def classifier(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model that has learned the three colours."""
+    from sweep_recipes import TINY
+
+    from sparsifiner.training import train
+    from sparsifiner.training.recipe_file import from_dict
+
+    recipe = from_dict(
+        {
+            "model": "vit_tiny_patch16_224", "pretrained": False, "model_args": TINY, "sparsity": None,
+            "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_split": None},
+            "augment": {"auto_augment": None, "mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "color_jitter": 0.0},
+            "batch_size": 8, "phases": [{"name": "cls", "steps": 12, "lr": 3e-3}],
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return train(recipe, tmp_path_factory.mktemp("classifier"), cpu=True).model
+
+
+@pytest.fixture
+def sweep(classifier: Path, folder_of_images: Path) -> Callable[..., Sweep]:
+    """A small sweep over that model; keyword arguments change it."""
+    from sparsifiner.evaluation import Sweep
+    from sparsifiner.training import DataConfig
+
+    def make(**changes: Any) -> Sweep:
+        settings: dict[str, Any] = dict(
+            model=str(classifier),
+            data=DataConfig(path=str(folder_of_images), img_size=32, workers=0),
+            methods=("sparsifiner", "evit"),
+            keep_rates=(0.25, 1.0),
+            batch_size=4,
+            repeats=0,
+            calibration_images=3,
+        )
+        return Sweep(**{**settings, **changes})
 
     return make
 

@@ -1,4 +1,4 @@
-"""The sweep over methods and keep rates: what it measures, how it goes on, what it writes."""
+"""The sweep over methods and keep rates: what it measures, what it refuses and what it writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from sweep_recipes import PHASES, RECIPE, TINY
 
 from sparsifiner import from_pretrained
 from sparsifiner.baselines import baseline_settings
@@ -26,52 +27,10 @@ from sparsifiner.methods import METHODS, convert_with
 from sparsifiner.models import load_model
 from sparsifiner.saving import save_pretrained
 from sparsifiner.training import DataConfig, train
-from sparsifiner.training.data import Samples
 from sparsifiner.training.recipe_file import from_dict
 
 PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results"
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
-PHASES = [
-    {"name": "attn_recon", "steps": 1},
-    {"name": "cls_distill", "steps": 2, "lr": 1e-3, "losses": {"ce": 1.0, "kl": 0.5}},
-]
-
-
-@pytest.fixture(scope="module")
-def classifier(folder_of_images, tmp_path_factory):
-    """A dense model that has learned the three colours."""
-    folder = tmp_path_factory.mktemp("classifier")
-    recipe = from_dict(
-        {
-            "model": "vit_tiny_patch16_224", "pretrained": False, "model_args": TINY, "sparsity": None,
-            "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0, "val_split": None},
-            "augment": {"auto_augment": None, "mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "color_jitter": 0.0},
-            "batch_size": 8, "phases": [{"name": "cls", "steps": 12, "lr": 3e-3}],
-        }
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return train(recipe, folder, cpu=True).model
-
-
-@pytest.fixture
-def sweep(classifier, folder_of_images):
-    def make(**changes):
-        settings = dict(
-            model=str(classifier),
-            data=DataConfig(path=str(folder_of_images), img_size=32, workers=0),
-            methods=("sparsifiner", "evit"),
-            keep_rates=(0.25, 1.0),
-            batch_size=4,
-            repeats=0,
-            calibration_images=3,
-        )
-        return Sweep(**{**settings, **changes})
-
-    return make
-
-
-RECIPE = from_dict({"phases": PHASES, "batch_size": 4, "log_every": 1, "sparsity": {"predictor": "lowrank"}})
 KEEPS_A_QUARTER = from_dict({"phases": [{"name": "cls", "steps": 1, "keep_rate": 0.25}], "sparsity": {}})
 
 
@@ -132,44 +91,6 @@ def test_what_cannot_be_made_is_told_before_anything_is_measured(sweep, tmp_path
         with pytest.raises(ValueError, match=words):
             run_sweep(sweep(**changes), tmp_path)
         assert not list(tmp_path.iterdir())
-
-
-def test_more_images_methods_and_stages_go_on(sweep, tmp_path, monkeypatch):
-    first = {row.cell: list(row.hits) for row in run_sweep(sweep(num_images=10), tmp_path)}
-    assert all(len(hits) == 10 for hits in first.values())
-    seen = []
-    plain = Samples.__getitem__
-    monkeypatch.setattr(Samples, "__getitem__", lambda self, place: seen.append(place) or plain(self, place))
-    more = sweep(num_images=24, methods=("sparsifiner", "evit", "local"))
-    rows = run_sweep(more, tmp_path)
-    assert len(seen) == 5 * 14 + 2 * 24
-    assert all(row.hits[:10] == first[row.cell] for row in rows if row.cell in first)
-    seen.clear()
-    assert [row.to_dict() for row in run_sweep(more, tmp_path)] == [row.to_dict() for row in rows]
-    assert not seen
-    calibrated = run_sweep(sweep(num_images=24, stages=("calibrated",)), tmp_path)
-    assert sum(row.cell.stage == "calibrated" for row in calibrated) == 2  # pruning has nothing to calibrate
-    whole = run_sweep(more, tmp_path / "other")
-    assert {row.cell: row.hits for row in whole} == {row.cell: row.hits for row in rows}
-
-
-def test_an_interrupted_sweep_goes_on(sweep, tmp_path, monkeypatch):
-    expected = [row.hits for row in run_sweep(sweep(batch_size=1), tmp_path / "whole")]
-    plain, left = Samples.__getitem__, [40]
-
-    def dying(self, place):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return plain(self, place)
-
-    monkeypatch.setattr(Samples, "__getitem__", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(sweep(batch_size=1), tmp_path / "cut")
-    kept = load_rows(tmp_path / "cut")
-    assert 24 < sum(len(row.hits) for row in kept.values()) < 40
-    assert all(row.mhsa_macs for row in kept.values())
-    assert [row.hits for row in run_sweep(sweep(batch_size=1), tmp_path / "cut")] == expected
 
 
 def test_broken_images_count_nowhere(classifier, folder_of_images, tmp_path):
@@ -278,112 +199,6 @@ def test_every_backbone_learns_for_the_same_number_of_steps(sweep, tmp_path):
     with pytest.raises(ValueError, match="paper starts from its calibrated model.*drop_path_rate"):
         run_sweep(sweep(**settings, recipe=dropping), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()  # before anything is measured
-
-
-def test_another_recipe_in_the_same_folder_is_refused(sweep, tmp_path):
-    settings = dict(stages=("fine-tuned",), keep_rates=(0.5,), methods=("local",), num_images=4)
-    rows = run_sweep(sweep(**settings, recipe=RECIPE), tmp_path)
-    other = dataclasses.replace(RECIPE, seed=5)
-    with pytest.raises(ValueError, match=r"local-0.5-fine-tuned was trained by another recipe \(seed\)"):
-        run_sweep(sweep(**settings, recipe=other), tmp_path)
-    with pytest.raises(ValueError, match="another recipe"):  # also where it comes after cells that are not measured yet
-        run_sweep(sweep(**{**settings, "methods": ("strided", "local")}, recipe=other), tmp_path)
-    assert not (tmp_path / "cells" / "strided-0.5-fine-tuned").exists()
-    (tmp_path / "pareto.json").unlink()
-    without_consequence = dataclasses.replace(RECIPE, log_every=7)
-    assert [row.hits for row in run_sweep(sweep(**settings, recipe=without_consequence), tmp_path)] == [
-        row.hits for row in rows
-    ]
-
-
-def test_other_validation_images_are_refused(sweep, folder_of_images, tmp_path):
-    """The order of the images depends on how many there are, so rows would not be about the same ones."""
-    grown = tmp_path / "images"
-    shutil.copytree(folder_of_images, grown)
-    data = DataConfig(path=str(grown), img_size=32, workers=0)
-    run_sweep(sweep(data=data, num_images=4), tmp_path / "out")
-    picture = next((grown / "val").rglob("*.png"))
-    shutil.copy(picture, picture.with_stem("another"))
-    with pytest.raises(ValueError, match="another validation_images: 24 instead of 25"):
-        run_sweep(sweep(data=data, num_images=4), tmp_path / "out")
-
-
-def test_the_same_number_of_other_images_is_refused(sweep, folder_of_images, tmp_path):
-    moved = shutil.copytree(folder_of_images, tmp_path / "images")
-    data = DataConfig(path=str(moved), img_size=32, workers=0)
-    settings = dict(num_images=4, methods=("local",), keep_rates=(0.5,), stages=("calibrated",))
-    run_sweep(sweep(**settings), tmp_path / "out")
-    run_sweep(sweep(**{**settings, "num_images": 5}, data=data), tmp_path / "out")  # moving them is no change
-    shutil.copy(moved / "val" / "class1" / "0.png", moved / "val" / "class0" / "0.png")
-    with pytest.raises(ValueError, match="holds a sweep of other validation images; name another folder"):
-        run_sweep(sweep(**settings, data=data), tmp_path / "out")
-    shutil.copy(folder_of_images / "val" / "class0" / "0.png", moved / "val" / "class0" / "0.png")
-    shutil.copy(moved / "train" / "class1" / "0.png", moved / "train" / "class0" / "0.png")
-    with pytest.raises(ValueError, match="local-0.5-calibrated was fitted on other training images"):
-        run_sweep(sweep(**settings, data=data), tmp_path / "out")
-
-
-def test_another_model_of_the_same_name_is_refused(sweep, classifier, tmp_path):
-    """What counts are its weights: the same ones under another name go on."""
-    folder, again = shutil.copytree(classifier, tmp_path / "teacher"), tmp_path / "again"
-    settings = dict(methods=("local",), keep_rates=(0.5,), stages=("fine-tuned",), recipe=RECIPE)
-    run_sweep(sweep(**settings, model=str(folder), num_images=4), tmp_path / "out")
-    run_sweep(sweep(**settings, model=str(shutil.copytree(folder, again)), num_images=5), tmp_path / "out")
-    weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="holds a sweep of another model: its weights or its normalisation differ"):
-        run_sweep(sweep(**settings, model=str(folder)), tmp_path / "out")
-    (tmp_path / "out" / "pareto.json").unlink()
-    with pytest.raises(ValueError, match="local-0.5-fine-tuned was fitted to another model"):
-        run_sweep(sweep(**settings, model=str(folder)), tmp_path / "out")
-
-
-def test_a_row_holds_answers_of_one_model(sweep, tmp_path):
-    """Where the folder of a fitted model is gone, another recipe is refused, and a row of other weights starts anew."""
-    settings = dict(methods=("local",), keep_rates=(0.5,), stages=("fine-tuned",))
-    run_sweep(sweep(**settings, recipe=RECIPE, num_images=4), tmp_path)
-    shutil.rmtree(tmp_path / "cells")
-    with pytest.raises(ValueError, match=r"local-0.5-fine-tuned was trained by another recipe \(seed\)"):
-        run_sweep(sweep(**settings, recipe=dataclasses.replace(RECIPE, seed=5), num_images=8), tmp_path)
-    kept = json.loads((tmp_path / "pareto.json").read_text())
-    assert kept["rows"][1]["fit"]["recipe"]["phases"][0]["steps"] == 2
-    kept["rows"][1] |= {"weights": "as another machine trained them", "hits": "AA=="}
-    (tmp_path / "pareto.json").write_text(json.dumps(kept))
-    said = []
-    anew = run_sweep(sweep(**settings, recipe=RECIPE, num_images=8), tmp_path, say=said.append)[1]
-    assert any("measured anew, the weights that gave its 4 answers are gone" in line for line in said)
-    assert anew.hits == run_sweep(sweep(**settings, recipe=RECIPE, num_images=8), tmp_path / "whole")[1].hits
-
-
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="a source distribution has no benchmarks")
-@pytest.mark.parametrize("name", ["cifar10", "cifar10-300-steps", "cifar10-900-steps"])
-def test_published_sweeps_are_read_and_not_added_to(sweep, tmp_path, name):
-    rows = load_rows(PUBLISHED / name)
-    assert all(row.images >= 500 for row in rows.values())
-    shutil.copy(PUBLISHED / name / "pareto.json", tmp_path)
-    kept = json.loads((tmp_path / "pareto.json").read_text())
-    (tmp_path / "pareto.json").write_text(json.dumps({**kept, **sweep().purpose()}))
-    with pytest.raises(ValueError, match="of an older version, which did not record validation_images") as refusal:
-        run_sweep(sweep(), tmp_path)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("moment", ["in the fit", "while the model is written"])
-def test_an_interrupted_calibration_goes_on(sweep, tmp_path, monkeypatch, moment):
-    """Also of a method whose predictor starts from random weights, which come again as they were."""
-    wanted = sweep(methods=("paper",), keep_rates=(0.25,), stages=("training-free", "calibrated"), num_images=8)
-    whole = run_sweep(wanted, tmp_path / "whole")
-
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    place = "calibration.fit.reconstruction_loss" if moment == "in the fit" else "saving.write_atomically"
-    monkeypatch.setattr(f"sparsifiner.{place}", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(wanted, tmp_path / "again")
-    monkeypatch.undo()
-    torch.rand(3)
-    assert [row.hits for row in run_sweep(wanted, tmp_path / "again")] == [row.hits for row in whole]
 
 
 @given(st.lists(st.booleans(), max_size=40), st.lists(st.integers(0, 39), unique=True))

@@ -41,8 +41,8 @@ class Costs:
 
 
 _COSTS = {
-    torch.float32: Costs(attend=0.79, score=1.74, element=420.0, regroup=10.8, call=17e6),
-    torch.bfloat16: Costs(attend=0.35, score=0.97, element=340.0, regroup=6.9, call=11e6),
+    torch.float32: Costs(attend=0.79, score=1.74, element=420.0, regroup=8.2, call=17e6),
+    torch.bfloat16: Costs(attend=0.35, score=0.97, element=340.0, regroup=5.7, call=11e6),
 }
 
 
