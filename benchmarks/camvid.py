@@ -64,7 +64,7 @@ def main() -> None:
             calibrate(sparse, photos, img_size=SIZE, state=arguments.output.with_name(f"{name}.state").absolute())
         found = evaluate(sparse, head, transform, arguments.camvid / "val")
         found["drop"] = drop(results["dense"], found)
-        found["latency"] = compare_latency(dense, sparse, x, repeats=7).to_dict()
+        found["latency"] = compare_latency(dense, sparse, x, repeats=21, max_seconds=120).to_dict()
         results[name] = found
         save(arguments.output, results)
     for name, found in results.items():
