@@ -148,6 +148,7 @@ def sweep(classifier: Path, folder_of_images: Path) -> Callable[..., Sweep]:
             batch_size=4,
             repeats=0,
             calibration_images=3,
+            calibration_steps=5,
         )
         return Sweep(**{**settings, **changes})
 

@@ -163,7 +163,8 @@ class CellModels:
         start = time.perf_counter()
         self._record(dataclasses.replace(cell, stage="calibrated"))
         model = self._converted(cell).to(self.sweep.device)
-        calibrate(model, self._calibration_images(), state=folder.with_name("calibration.state"), progress=self.tell)
+        images, state = self._calibration_images(), folder.with_name("calibration.state")
+        calibrate(model, images, steps=self.sweep.calibration_steps, state=state, progress=self.tell)
         save_model(model.cpu(), folder)
         row.seconds += time.perf_counter() - start
 

@@ -28,6 +28,7 @@ class Sweep:
             without its losses in the others, so that all backbones learn for the same number of steps.
         num_images: validation images to classify, in one random order for all cells; all if None.
         calibration_images: training images to calibrate on.
+        calibration_steps: optimiser steps of the reconstruction there, where a method has a predictor to learn.
         batch_size: images per forward pass, also where speed is measured.
         dtype: of weights and images when measuring.
         device: where to measure and calibrate; training goes where ``accelerate`` puts it unless this is ``cpu``.
@@ -46,6 +47,7 @@ class Sweep:
     recipe: TrainConfig | None = None
     num_images: int | None = None
     calibration_images: int = 64
+    calibration_steps: int = 200
     batch_size: int = 64
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -92,6 +94,7 @@ class Sweep:
             "train_split": self.data.train_split,
             "img_size": None if self.data.size is None else list(self.data.size),
             "calibration_images": self.calibration_images,
+            "calibration_steps": self.calibration_steps,
             "batch_size": self.batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device,
