@@ -97,7 +97,7 @@ inline void attend_group_in_tiles(const TileTask& t, int first, int count, const
   constexpr int L = V::lanes, lanes = NV * L;
   constexpr int M = 4 / NV;  // tiles of keys multiplied at once
   const int words = t.width / 2, padded_words = tile_words(t.width);
-  transpose_queries<V, Mode::dot, NV>(t, first, count, b);
+  transpose_queries<V, Mode::dot, NV>(t, first, count, b.q);
   for (int i = words * lanes; i < padded_words * lanes; ++i) b.q[i] = 0;
   start_sums<lanes>(t.width, b);
   const F factor = V::set(t.scale * 1.44269504088896341f);

@@ -30,7 +30,7 @@ struct Buffers {
   float* sum;         // [lanes]
 };
 
-constexpr int kMaxLanes = 64, kMaxWidth = 128;
+constexpr int kMaxLanes = 64;
 constexpr int kPadding = 16;
 
 // Hands out parts of scratch, each at whole cache lines; from a null base it counts their bytes.
@@ -217,9 +217,9 @@ inline void transpose_rows(const uint32_t* const* rows, int words, uint32_t* to,
     for (int lane = 0; lane < L; ++lane) __builtin_memcpy(to + w * stride + lane, rows[lane] + w, 4);
 }
 
-// Queries to lanes; lanes without a query hold zeros.
+// to[words of D][NV * V::lanes]: queries in lanes; lanes without a query hold zeros.
 template <class V, Mode mode, int NV>
-inline void transpose_queries(const TileTask& t, int first, int count, const Buffers& b) {
+inline void transpose_queries(const TileTask& t, int first, int count, uint32_t* to) {
   constexpr int L = V::lanes, lanes = NV * L;
   const int words = mode == Mode::dot ? t.width / 2 : t.width;
   static const uint32_t zeros[kMaxWidth] = {};
@@ -237,7 +237,7 @@ inline void transpose_queries(const TileTask& t, int first, int count, const Buf
         rows[i] = static_cast<const uint32_t*>(query);
       }
     }
-    transpose_rows<V>(rows, words, b.q + lane, lanes);
+    transpose_rows<V>(rows, words, to + lane, lanes);
   }
 }
 
@@ -284,7 +284,7 @@ inline void attend_group(const TileTask& t, int first, int count, const Buffers&
   constexpr int L = V::lanes, NK = V::keys;
   constexpr float log2e = 1.44269504088896341f;
   const int words = mode == Mode::dot ? t.width / 2 : t.width;
-  transpose_queries<V, mode, NV>(t, first, count, b);
+  transpose_queries<V, mode, NV>(t, first, count, b.q);
   start_sums<NV * L>(t.width, b);
   const uint32_t* k[kChunk + kPadding];
   const uint32_t* v[kChunk];

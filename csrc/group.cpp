@@ -54,14 +54,14 @@ void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, i
                        element_size(dtype) * (head / heads * x.batch_stride + head % heads * x.head_stride);
     float* to = out + head * tokens;
     if (by < 0) {  // prefix tokens lie in no block: their distance is that from zero
-      const float zero[128] = {};
+      const float zero[kMaxWidth] = {};
       kernel.distances(from, dtype, grid.prefix, x.token_stride, width, zero, to);
       return;
     }
     const int64_t top = by * grid.block_rows, bottom = std::min(grid.rows, top + grid.block_rows);
     for (int64_t left = 0; left < grid.columns; left += grid.block_columns) {
       const int64_t right = std::min(grid.columns, left + grid.block_columns);
-      float mean[128] = {};
+      float mean[kMaxWidth] = {};
       for (int64_t y = top; y < bottom; ++y) {
         const int64_t token = grid.prefix + y * grid.columns + left;
         kernel.add_rows(from + element_size(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width, mean);

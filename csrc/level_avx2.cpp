@@ -88,9 +88,9 @@ struct ChosenLanes {
 struct Avx2Compressor {
   static constexpr ChosenLanes chosen{};
 
-  // Writes 8 elements, of which the chosen ones come first; returns how many those are.
-  static int64_t put(__m256i x, __m256i choose, int32_t* out) {
-    const int choice = _mm256_movemask_ps(_mm256_castsi256_ps(choose));
+  // Writes 8 elements, of which those not left out come first; returns how many those are.
+  static int64_t put(__m256i x, __m256i left_out, int32_t* out) {
+    const int choice = 0xff ^ _mm256_movemask_ps(_mm256_castsi256_ps(left_out));
     const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(chosen.lane[choice]));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(x, _mm256_cvtepu8_epi32(order)));
     return __builtin_popcount(static_cast<unsigned>(choice));
@@ -103,7 +103,7 @@ struct Avx2Compressor {
     for (; i + 8 <= n; i += 8) {
       const __m256i key = load(keys + i);
       const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(least, key), _mm256_cmpgt_epi32(key, most));
-      count += put(key, _mm256_xor_si256(outside, _mm256_set1_epi32(-1)), out + count);
+      count += put(key, outside, out + count);
     }
     return count + ScalarCompressor::range(keys + i, n - i, low, high, out + count);
   }
@@ -112,8 +112,7 @@ struct Avx2Compressor {
     __m256i number = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(offset));
     int64_t count = 0, i = 0;
     for (; i + 8 <= n; i += 8, number = _mm256_add_epi32(number, step)) {
-      const __m256i below = _mm256_cmpgt_epi32(least, load(keys + i));
-      count += put(number, _mm256_xor_si256(below, _mm256_set1_epi32(-1)), out + count);
+      count += put(number, _mm256_cmpgt_epi32(least, load(keys + i)), out + count);
     }
     ScalarCompressor::indices(keys + i, n - i, low, offset + static_cast<int32_t>(i), out + count);
   }

@@ -64,16 +64,17 @@ class PartialSums {
   // Calls store(row of [B, H, P], sum[D], count) for every group, once all parts are filled.
   template <class Store>
   void add_parts(int threads, Store&& store) const {
+    const Kernels& kernel = kernels();
     const int64_t bands = in_.grid.vertical(), across = in_.grid.horizontal();
     parallel_for(in_.batch * in_.heads * bands, threads, [&](int64_t item) {
       const int64_t band = item % bands, list = item / bands;
       for (int64_t place = 0; place < across; ++place) {
-        float sum[128] = {};
+        float sum[kMaxWidth] = {};
         int32_t count = 0;
         for (int64_t from = std::max<int64_t>(0, band - 1); from <= std::min(bands - 1, band + 1); ++from) {
           const Part part = this->part(list / in_.heads, list % in_.heads, from);
           const int64_t slot = (band - from + 1) * across + place;
-          kernels().add_rows(part.sum + slot * in_.width, DType::float32, 1, 0, in_.width, sum);
+          kernel.add_rows(part.sum + slot * in_.width, DType::float32, 1, 0, in_.width, sum);
           count += part.count[slot];
         }
         store(item * across + place, sum, count);
@@ -89,6 +90,7 @@ class PartialSums {
 
 // Every patch is added to its group.
 void add_members(const Input& in, const int32_t* member, const PartialSums& sums, int threads) {
+  const Kernels& kernel = kernels();
   const BlockGrid& grid = in.grid;
   parallel_for(in.batch * grid.vertical(), threads, [&](int64_t item) {
     const int64_t b = item / grid.vertical(), band = item % grid.vertical();
@@ -102,7 +104,7 @@ void add_members(const Input& in, const int32_t* member, const PartialSums& sums
           throw std::out_of_range("member: patch " + std::to_string(patch) + " is in group " + std::to_string(group) +
                                   ", which is none of those around its block");
         const PartialSums::Part part = sums.part(b, head, band);
-        kernels().add_rows(in.row(b, head, grid.prefix + patch), in.dtype, 1, 0, in.width, part.sum + (group - first) * in.width);
+        kernel.add_rows(in.row(b, head, grid.prefix + patch), in.dtype, 1, 0, in.width, part.sum + (group - first) * in.width);
         ++part.count[group - first];
       }
   });
@@ -191,7 +193,7 @@ void group_patches(const PatchGroups& p, int threads) {
     });
     take_means();
   }
-  const float zero[128] = {};
+  const float zero[kMaxWidth] = {};
   parallel_for(p.batch * (grid.vertical() + 1), threads, [&](int64_t item) {
     const int64_t b = item / (grid.vertical() + 1), band = item % (grid.vertical() + 1) - 1;
     const bool prefix = band < 0;

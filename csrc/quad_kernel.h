@@ -22,7 +22,7 @@ inline void interleave(const uint32_t* __restrict a, const uint32_t* __restrict 
 // its mean square distance from them per element.
 template <Mode mode>
 inline void pack_quad(const void* const* rows, DType dtype, int width, void* packed, void* mean, float* spread) {
-  float values[kQuad][128], middle[128], square[128];
+  float values[kQuad][kMaxWidth], middle[kMaxWidth], square[kMaxWidth];
   bool there[kQuad];
   float count = 0.0f, sum = 0.0f;
   for (int d = 0; d < width; ++d) middle[d] = square[d] = 0.0f;
@@ -47,7 +47,7 @@ inline void pack_quad(const void* const* rows, DType dtype, int width, void* pac
   else
     narrow(middle, static_cast<uint16_t*>(mean), width);
 
-  uint32_t words[kQuad][128];
+  uint32_t words[kQuad][kMaxWidth];
   for (int i = 0; i < kQuad; ++i) {
     if constexpr (mode == Mode::dot)
       narrow(values[i], reinterpret_cast<uint16_t*>(words[i]), width);

@@ -46,7 +46,7 @@ inline void pack_key_bytes(const void* const* rows, DType dtype, int count, int 
       scales[i] = starts[i] = 0;
       continue;
     }
-    float room[128];
+    float room[kMaxWidth];
     const float* row = row_of_floats(rows[i], dtype, width, room);
     const ByteFactors factors = byte_factors(row, width);
     const int32_t sum = V::round_to_bytes(row, factors.rounding, width, reinterpret_cast<int8_t*>(bytes[i]));
@@ -100,7 +100,7 @@ inline bool score_in_bytes(const ScoreTask& t, void* memory) {
   const uint32_t* rows[kMaxScoreQueries + NQ];
   float factors[kMaxScoreQueries + NQ];
   for (int j = 0; j < queries; ++j) {
-    float room[128];
+    float room[kMaxWidth];
     const float* row = row_of_floats(t.q[j], t.dtype, t.width, room);
     const ByteFactors of_row = byte_factors(row, t.width);
     uint32_t* bytes = b.rows + static_cast<int64_t>(j) * words;

@@ -15,11 +15,7 @@ inline void pack_keys_as(const void* const* rows, int count, int width, void* pa
   TileTask task{};
   task.width = width;
   task.q = rows;
-  float row[128];
-  Buffers b{};
-  b.q = static_cast<uint32_t*>(packed);
-  b.row = row;
-  transpose_queries<V, mode, V::vectors>(task, 0, count, b);
+  transpose_queries<V, mode, V::vectors>(task, 0, count, static_cast<uint32_t*>(packed));
 }
 
 // A row as pairs of bfloat16: itself, or rounded into `room`.

@@ -52,7 +52,7 @@ void pack_blocks(const ScreenedKeys& p, const Kernels& kernel, const int32_t* pa
   const int width = static_cast<int>(t.width);
   const int64_t mean_bytes = element_size(t.dtype) * t.width, quad_bytes = kernel.quad_words(t.dtype, width) * kQuad * 4;
   const float* log2_weight = t.log2_weight ? t.log2_weight + head * (t.tokens - t.first) : nullptr;
-  alignas(64) char mean[kMaxKeyBlock * 128 * 4];
+  alignas(64) char mean[kMaxKeyBlock * kMaxWidth * 4];
   const void* means[kMaxKeyBlock];
   for (int64_t i = 0; i < count; ++i) {
     const int64_t block = first + i;

@@ -70,7 +70,8 @@ void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t
 
 void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,
                  void* out, int threads) {
-  if (width < 1 || width > 128) throw std::invalid_argument("pooling needs a width from 1 to 128");
+  if (width < 1 || width > kMaxWidth)
+    throw std::invalid_argument("pooling needs a width from 1 to " + std::to_string(kMaxWidth));
   const Kernels& kernel = kernels();
   const int64_t element = element_size(dtype);
   // Heads of a token are neighbours in memory, so they come last.
@@ -81,7 +82,7 @@ void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64
       const int64_t left = bx * grid.block_columns, right = std::min(grid.columns, left + grid.block_columns);
       const float mean = 1.0f / static_cast<float>((bottom - top) * (right - left));
       for (int64_t head = 0; head < heads; ++head) {
-        float sum[128] = {};
+        float sum[kMaxWidth] = {};
         for (int64_t y = top; y < bottom; ++y) {
           const int64_t token = grid.prefix + y * grid.columns + left;
           const int64_t offset = b * x.batch_stride + head * x.head_stride + token * x.token_stride;

@@ -24,6 +24,8 @@ std::vector<Level> available_levels();  // those that can run here, best last
 Level active_level();
 void force_level(const std::string& name);  // "" returns to the best one; throws if it is not available
 
+constexpr int kMaxWidth = 128;  // of a head
+
 // Rows of D contiguous elements, one per batch, head and token. Strides count elements.
 struct Rows {
   const void* data = nullptr;

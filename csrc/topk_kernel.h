@@ -120,7 +120,7 @@ inline void add_rows(const void* rows, DType dtype, int64_t count, int64_t strid
 }
 
 inline void store_row(const float* sum, float factor, int64_t width, DType dtype, void* out) {
-  float scaled[128];
+  float scaled[kMaxWidth];
   for (int64_t d = 0; d < width; ++d) scaled[d] = sum[d] * factor;
   if (dtype == DType::float32)
     __builtin_memcpy(out, scaled, static_cast<std::size_t>(width) * 4);

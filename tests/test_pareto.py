@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import timm
@@ -29,7 +28,6 @@ from sparsifiner.saving import save_pretrained
 from sparsifiner.training import DataConfig, train
 from sparsifiner.training.recipe_file import from_dict
 
-PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results"
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEPS_A_QUARTER = from_dict({"phases": [{"name": "cls", "steps": 1, "keep_rate": 0.25}], "sparsity": {}})
 
