@@ -3,7 +3,14 @@
 import subprocess
 import sys
 
-TIMED = "import time, timm; start = time.process_time(); import sparsifiner; print(time.process_time() - start)"
+TIMED = """
+from time import process_time
+before = process_time()
+import timm
+after = process_time()
+import sparsifiner
+print((process_time() - after) / (after - before))
+"""
 LISTED = """
 import timm, sys
 before = set(sys.modules)
@@ -13,11 +20,11 @@ print(*sparsifiner.methods.METHODS)
 """
 
 
-def test_import_costs_under_200_ms_of_cpu_more_than_timm() -> None:
-    def cost() -> float:
+def test_import_costs_a_tenth_of_what_timm_costs_at_most() -> None:
+    def share() -> float:  # a limit in seconds fails on a slow machine
         return float(subprocess.check_output([sys.executable, "-c", TIMED]))
 
-    assert any(cost() < 0.2 for _ in range(3))  # a busy machine may need another try
+    assert any(share() < 0.1 for _ in range(3))  # a busy machine may need another try
 
 
 def test_import_leaves_the_reports_libraries_alone_and_has_the_methods() -> None:
