@@ -21,6 +21,12 @@ from .arguments import check_indices
 # the cache.
 CHUNK_BYTES = 8 * 2**20
 
+# The same where each step is a launch on a GPU and memory is plenty.
+GPU_CHUNK_BYTES = 512 * 2**20
+
+# A GPU's attention kernels take no more batches than this, one per group of queries.
+GPU_MOST_GROUPS = 2**15
+
 # Copying a key to a tile costs as much as this many products of one query with one key that is then masked. Measured
 # there, forward and backward, at 256 to 4,096 tokens and keep rates of 0.05 to 0.5: equal at 20 for single queries,
 # at 30 to 50 for tiles of 16. Single queries at a keep rate of 0.25 gain 5 times by the mask.
@@ -189,7 +195,7 @@ class MaskedChunk(_Chunk):
 
 
 def make_chunks(inputs: Inputs) -> Iterator[GatheredChunk | MaskedChunk]:
-    """Every tile once, in chunks of about :data:`CHUNK_BYTES`, by whichever way is cheaper for these sizes.
+    """Every tile once, in chunks of bounded size, by whichever way is cheaper for these sizes.
 
     Raises:
         IndexError: if an index is negative or not below ``N`` (checked on a CPU only).
@@ -209,7 +215,9 @@ def masking_pays(inputs: Inputs) -> bool:
 
 def _gathered(inputs: Inputs) -> Iterator[GatheredChunk]:
     keys_per_tile = inputs.indices.shape[-1] + inputs.num_pooled
-    step = max(1, CHUNK_BYTES // max(1, 2 * keys_per_tile * inputs.k.shape[-1] * inputs.k.element_size()))
+    step = max(1, _chunk_bytes(inputs) // max(1, 2 * keys_per_tile * inputs.k.shape[-1] * inputs.k.element_size()))
+    if inputs.k.is_cuda:
+        step = min(step, GPU_MOST_GROUPS)
     total = math.prod(inputs.indices.shape[:3])
     for start in range(0, total, step):
         yield GatheredChunk(inputs, start, min(start + step, total))
@@ -219,12 +227,16 @@ def _masked(inputs: Inputs) -> Iterator[MaskedChunk]:
     batch, heads, num_tiles = inputs.indices.shape[:3]
     size = torch.promote_types(inputs.q.dtype, torch.float32).itemsize
     bytes_per_tile = inputs.tile_tokens.shape[1] * (inputs.k.shape[2] + inputs.num_pooled) * size
-    tiles_at_once = min(num_tiles, max(1, CHUNK_BYTES // bytes_per_tile))
-    rows_at_once = max(1, CHUNK_BYTES // (bytes_per_tile * num_tiles))
+    tiles_at_once = min(num_tiles, max(1, _chunk_bytes(inputs) // bytes_per_tile))
+    rows_at_once = max(1, _chunk_bytes(inputs) // (bytes_per_tile * num_tiles))
     for first in range(0, batch * heads, rows_at_once):
         rows = slice(first, min(first + rows_at_once, batch * heads))
         for tile in range(0, num_tiles, tiles_at_once):
             yield MaskedChunk(inputs, rows, slice(tile, min(tile + tiles_at_once, num_tiles)))
+
+
+def _chunk_bytes(inputs: Inputs) -> int:
+    return GPU_CHUNK_BYTES if inputs.k.is_cuda else CHUNK_BYTES
 
 
 def take_rows(x: Tensor, row: Tensor, tokens: Tensor) -> Tensor:

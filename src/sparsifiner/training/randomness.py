@@ -23,7 +23,7 @@ def seed_of(*position: int | float | str) -> int:
 def seeded(*position: int | float | str) -> Iterator[None]:
     """Python's, numpy's and torch's generators as a function of ``position``; afterwards as they were."""
     seed = seed_of(*position)
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    on_gpu = torch.cuda.is_initialized()  # never in a process that decodes images
     before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     gpu = torch.cuda.get_rng_state() if on_gpu else None
     random.seed(seed)
