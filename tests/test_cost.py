@@ -1,5 +1,9 @@
 """Where sparse attention does not pay, a sparse layer runs dense; the rule knows shapes only."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,10 +37,39 @@ def test_the_anchors_that_were_measured() -> None:
     assert share(SparsifinerConfig.paper(keep_rate=0.25), 64) > 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_without_kernels_sparse_never_pays(dtype: torch.dtype) -> None:
-    q, tiling = torch.empty(1, 6, 129**2 - 128 * 2, 64, dtype=dtype), Tiling((127, 129), (4, 4), 2)
-    assert not sparse_pays(SparsifinerConfig(keep_rate=0.02), q, tiling, score_macs=0)
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "speed-amx.json"
+
+
+def test_a_cpu_with_amx_is_told_what_was_measured_on_one(monkeypatch) -> None:
+    """There dense attention in bfloat16 is so fast that sparse pays later; float32 is as on any AVX-512."""
+    ratios = []
+    for case in json.loads(RESULTS.read_text()).values():
+        for entry in case["measured"]:
+            found = entry["settings"]
+            known = {field.name for field in dataclasses.fields(SparsifinerConfig)}
+            settings = {name: value for name, value in found["config"].items() if name in known}
+            pairs = {name: tuple(settings[name]) for name in ("query_tile", "query_pool", "tail")}
+            config = SparsifinerConfig(**{**settings, **pairs})
+            tiling = Tiling(tuple(found["grid"]), config.query_tile, found["num_tokens"] - 4096)
+            predictor = build_predictor(
+                config, num_heads=6, head_dim=64, grid=tiling.grid, num_prefix_tokens=tiling.num_prefix_tokens
+            )
+            monkeypatch.setattr(cpu, "level", lambda: "amx")
+            dtype = getattr(torch, found["dtype"])
+            predicted = predicted_share(config, dtype, 1, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
+            ratios.append(predicted * entry["speedup"]["layer"])
+    assert len(ratios) == 4
+    assert all(0.75 < ratio < 1.33 for ratio in ratios), ratios
+    config = SparsifinerConfig(keep_rate=0.1)
+    on_amx = share(config, 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(cpu, "level", lambda: "avx512bf16")
+    assert on_amx > 1 > share(config, 32, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")])
+def test_without_kernels_sparse_never_pays(dtype: torch.dtype, device: str) -> None:
+    q = torch.empty(1, 6, 129**2 - 128 * 2, 64, dtype=dtype, device=device)
+    assert not sparse_pays(SparsifinerConfig(keep_rate=0.02), q, Tiling((127, 129), (4, 4), 2), score_macs=0)
 
 
 @pytest.mark.skipif(cpu.why_missing() is not None, reason="the native kernels are not built")

@@ -16,7 +16,11 @@ from sparsifiner.methods import METHODS, convert_with
 from sparsifiner.ops import chunks
 from sparsifiner.training import DataConfig, train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
+    # timm's fused attention, of which torch has no deterministic backward pass at every width.
+    pytest.mark.filterwarnings("ignore:Memory Efficient attention defaults:UserWarning"),
+]
 
 PROBLEMS = {
     "tiles": {"grid": (14, 13), "width": 64},
@@ -68,7 +72,7 @@ def test_every_method_answers_as_on_a_cpu(name, tiny_vit, images):
     x = images(3, 3, 32, 32).double()
     with torch.no_grad():
         expected, got = model(x), model.cuda()(x.cuda()).cpu()
-    assert (got - expected).norm() <= 1e-9 * expected.norm()
+    assert (got - expected).norm() <= 1e-6 * expected.norm()  # class attention is float32; another choice shows at 1e-3
 
 
 def losses(config, folder, *, cpu: bool = False) -> list[float]:

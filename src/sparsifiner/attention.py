@@ -148,7 +148,7 @@ class SparseAttention(nn.Module):
             return self.config.attn_recon
         if self.config.dense_below is not None:
             return tiling.num_tokens < self.config.dense_below
-        if q.device.type != "cpu" or self.config.predictor == "oracle":
+        if self.config.predictor == "oracle":
             return False
         score_macs = self.predictor.score_macs(self.num_heads, self.head_width(), tiling)
         return not sparse_pays(self.config, q, tiling, score_macs, attn_bias)

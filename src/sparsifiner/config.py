@@ -67,9 +67,10 @@ class SparsifinerConfig:
         attn_recon: ``lowrank`` only: the paper's attention-reconstruction phase. In training mode
             attention runs dense and scores use the signed basis and all coefficients.
         seed: ``random`` only: seed of the pattern.
-        dense_below: in evaluation mode, inputs of fewer tokens run attention dense, with the same weights. None: on
-            a CPU, wherever sparse attention is expected to be slower than dense (see ``sparsifiner benchmark``);
-            0: never, for experiments about accuracy. Training and the ``oracle`` are always sparse with None.
+        dense_below: in evaluation mode, inputs of fewer tokens run attention dense, with the same weights. None:
+            wherever sparse attention is expected to be slower than dense (see ``sparsifiner benchmark``), which on
+            a GPU it always is; 0: never, for experiments about accuracy. Training and the ``oracle`` are always
+            sparse with None.
 
     Raises:
         ValueError: if a setting is out of range; the message says what was expected.
