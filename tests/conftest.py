@@ -82,6 +82,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Also where each process of the tests has one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def recipe(folder_of_images: Path) -> Callable[..., TrainConfig]:
     """A recipe of every random ingredient: 24 images, three optimiser steps an epoch."""
 

@@ -174,8 +174,9 @@ def test_an_unreadable_picture_is_named_skipped_and_counted(cli, tmp_path):
     code, out, err = cli("report", "--images", folder, *QUICK, "--repeats", "0", "--num-pictures", "0")
     assert code == 0, err
     assert "skipped bad.png: not an image" in err
-    assert "1 image from" in out
-    assert "1 skipped" in out
+    words = " ".join(out.split())  # long paths wrap
+    assert "1 image from" in words
+    assert "1 skipped" in words
 
 
 @pytest.mark.parametrize(

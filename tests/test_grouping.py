@@ -16,6 +16,7 @@ from sparsifiner.grouping import blocks_around, group_patches, grouping_macs, po
 from sparsifiner.pooling import count_unkept
 from sparsifiner.tail import group_keys, tail_groups
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
 LEVELS = [*cpu.levels(), "amx_emulated"] if cpu.why_missing() is None else []
 DTYPES = (torch.float32, torch.bfloat16)

@@ -18,7 +18,10 @@ from sparsifiner.pooling import count_unkept
 from sparsifiner.selection import top_keys
 from sparsifiner.tail import group_keys
 
-pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
+pytestmark = [
+    pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing())),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 LEVELS = [*cpu.levels(), "amx_emulated"]
 DTYPES = (torch.float32, torch.bfloat16)

@@ -14,7 +14,10 @@ from sparsifiner.predictors import PooledPredictor, build_predictor
 from sparsifiner.selection import native_group_queries, native_tile_keys, native_topk
 from sparsifiner.tail import group_keys
 
-pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
+pytestmark = [
+    pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing())),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 LEVELS = [*cpu.levels(), "amx_emulated"]
 DTYPES = (torch.float32, torch.bfloat16)
