@@ -2,8 +2,8 @@
 
     TIMM_FUSED_ATTN=0 python benchmarks/training_step.py benchmarks/results/training_step.json
 
-ViT-S/16 at 256 px (256 patches), batch 32, bfloat16 autocast, one forward and one backward pass without optimiser and
-teacher. Sparse attention in training is the gather backend. timm's fused attention is off because the dense model
+ViT-S/16 at 256 px (256 patches), batch 32, bfloat16 autocast unless ``--precision float32`` says otherwise, one forward
+and one backward pass without optimiser and teacher. Sparse attention in training is the gather backend. timm's fused attention is off because the dense model
 trains faster without it on a CPU.
 """
 
@@ -31,18 +31,20 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     dense = timm.create_model("vit_small_patch16_224", img_size=256)
     models = {f"{name}, keep {rate:g}": convert_with(name, dense, rate).train() for name, rate in CASES}
     x = torch.randn(arguments.batch, 3, 256, 256)
-    work = {name: partial(step, model, x) for name, model in models.items()}
+    work = {name: partial(step, model, x, arguments.precision == "bfloat16") for name, model in models.items()}
     seconds = interleave_all(work, repeats=arguments.repeats, warmup=1)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     results = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "batch": arguments.batch,
+        "precision": arguments.precision,
         "seconds": seconds,
         "median_s": medians,
     }
@@ -51,8 +53,8 @@ def main() -> None:
         print(f"{name}: {median:.2f} s, {median / medians['dense, keep 1']:.2f} of dense")
 
 
-def step(model: nn.Module, x: torch.Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+def step(model: nn.Module, x: torch.Tensor, autocast: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(x).float().square().mean()
     loss.backward()
     for parameter in model.parameters():

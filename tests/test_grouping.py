@@ -129,6 +129,24 @@ def test_log_counts_of_groups(native: bool, monkeypatch: pytest.MonkeyPatch) -> 
         sparsifiner.pooling.native_count_unkept(indices, None, groups.member[:, :2], 9, 10, 3, 4, 2)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_groups_as_inference_does(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 also under autocast, in torch and, where they are, by the kernels, which know no gradients."""
+    blocks = Tiling((9, 10), (4, 4), 1)
+    x = torch.randn(2, 3, 91, 16, generator=torch.Generator().manual_seed(0))
+    want = group_patches(x, blocks, 2)
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(cpu, "_missing", "left out by a test")
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            member, means, distance = group_patches(x.clone().requires_grad_(), blocks, 2)
+        assert torch.equal(member, want[0])
+        assert means.requires_grad
+        assert not distance.requires_grad
+        torch.testing.assert_close(means, want[1])
+        torch.testing.assert_close(distance, want[2])
+
+
 def test_gradients_flow_through_the_means_of_groups() -> None:
     blocks = Tiling((5, 6), (2, 3), 1)
     k, v = torch.randn(2, 1, 2, 31, 4, dtype=torch.float64, requires_grad=True).unbind(0)

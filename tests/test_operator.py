@@ -228,7 +228,7 @@ def test_gather_masks_single_queries_and_copies_for_tiles() -> None:
         p = make(grid=(32, 32), tile=tile, block=block, prefix=0, keys=102, batch=1, heads=1)
         pooled = (None, None, None) if p.tail is None else (p.tail.k, p.tail.v, p.tail.bias)
         tokens, indices = p.connectivity.tiling.tokens(p.q.device), p.connectivity.indices
-        inputs = chunks.Inputs(p.q, p.k, p.v, tokens, indices, None, *pooled, None)
+        inputs = chunks.Inputs(p.q, p.k, p.v, tokens, indices, None, *pooled, None, 0)
         assert chunks.masking_pays(inputs) == masked
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -34,6 +36,13 @@ def test_a_forward_pass_of_fake_tensors_leaves_none_behind(
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 assert isinstance(model(mode.from_tensor(x)), FakeTensor)
             assert type(model(x)) is Tensor
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), tile=st.tuples(st.integers(1, 4), st.integers(1, 5)))
+def test_places_lead_from_patches_to_their_tiles(rows: int, columns: int, tile: tuple[int, int]) -> None:
+    tiling = Tiling((rows, columns), (min(rows, tile[0]), min(columns, tile[1])), 2)
+    found = tiling.tokens(CPU).flatten()[tiling.places(CPU)]
+    assert torch.equal(found, torch.arange(2, tiling.num_tokens, dtype=torch.int32))
 
 
 def test_index_tensors_are_on_the_device_asked_for() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from . import cpu
 from .pooling import check_tokens
-from .tiling import Tiling
+from .tiling import Tiling, may_be_traced
 
 
 def group_patches(x: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,16 +29,18 @@ def group_patches(x: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor
         where torch computes it; and the distance of each token from the mean of its group, of prefix tokens from zero,
         ``[B, H, N]``.
     """
-    if cpu.serves(x):
-        return native_group_patches(x, *blocks.grid, *blocks.tile, blocks.num_prefix_tokens, steps)
     prefix, patches = x[:, :, : blocks.num_prefix_tokens], x[:, :, blocks.num_prefix_tokens :]
     with torch.no_grad():
-        member, centres = _lloyd(patches.to(torch.promote_types(x.dtype, torch.float32)), blocks, steps)
-    means = _means(patches, member, centres).to(x.dtype)
-    with torch.no_grad():
-        own_mean = means.gather(2, _rows(member, patches))
-        distance = torch.cat([prefix, patches - own_mean], dim=2).norm(dim=-1)
-    return member.to(torch.int32), means, distance
+        if cpu.serves(x):  # gradients flow through the means only
+            member, means, distance = native_group_patches(x, *blocks.grid, *blocks.tile, prefix.shape[2], steps)
+        else:
+            chosen, centres = _lloyd(patches.to(torch.promote_types(x.dtype, torch.float32)), blocks, steps)
+            member, means = chosen.to(torch.int32), _means(patches, chosen, centres).to(x.dtype)
+            own_mean = means.gather(2, _rows(chosen, patches))
+            distance = torch.cat([prefix, patches - own_mean], dim=2).norm(dim=-1)
+    if cpu.needs_gradients(x):
+        means = _means(patches, member.long(), means).to(x.dtype)
+    return member, means, distance
 
 
 def pool_groups(x: Tensor, member: Tensor, blocks: Tiling) -> Tensor:
@@ -56,12 +60,23 @@ def pool_groups(x: Tensor, member: Tensor, blocks: Tiling) -> Tensor:
 
 def blocks_around(blocks: Tiling, device: torch.device) -> Tensor:
     """Numbers of the up to 3x3 blocks around each block, itself included, int64 ``[P, 9]``; -1 beyond the border."""
-    rows, columns = blocks.shape
+    make = _make_blocks_around if may_be_traced() else _cached_blocks_around
+    return make(blocks.shape, device)
+
+
+def _make_blocks_around(shape: tuple[int, int], device: torch.device) -> Tensor:
+    rows, columns = shape
     step = torch.arange(-1, 2, device=device)
     y = (torch.arange(rows, device=device)[:, None] + step)[:, None, :, None]
     x = (torch.arange(columns, device=device)[:, None] + step)[None, :, None, :]
     inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
     return torch.where(inside, y * columns + x, -1).reshape(rows * columns, 9)
+
+
+@lru_cache(maxsize=64)
+def _cached_blocks_around(shape: tuple[int, int], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # so that autograd may save them
+        return _make_blocks_around(shape, device)
 
 
 def grouping_macs(blocks: Tiling, width: int, steps: int) -> int:
@@ -78,23 +93,27 @@ def grouping_macs(blocks: Tiling, width: int, steps: int) -> int:
 
 
 def _lloyd(patches: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor]:
-    """Group of each patch, int64 ``[B, H, n]``, and the means ``[B, H, P, D]`` the last step started from."""
-    own = blocks.tile_of_patch(patches.device)
-    around = blocks_around(blocks, patches.device)[own]  # [n, 9]
+    """Group of each patch, int64 ``[B, H, n]``, and the means ``[B, H, P, D]`` the last step started from.
+
+    The patches of a block are compared together with the nine means around it, which is a product of two matrices.
+    """
+    device = patches.device
+    around = blocks_around(blocks, device)  # [P, 9]
+    number, missing = around.clamp(min=0), around < 0
+    places = blocks.places(device)
+    in_blocks = patches.new_zeros((*patches.shape[:2], around.shape[0] * blocks.tile_size, patches.shape[3]))
+    in_blocks = in_blocks.index_copy_(2, places, patches).unflatten(2, (around.shape[0], -1))  # [B, H, P, S, D]
     centres = blocks.mean_patches(patches)
-    member = own.expand(patches.shape[:3])
-    for step in range(steps):
-        if step:
-            centres = _means(patches, member, centres)
-        half = centres.square().sum(-1) / 2
-        best = patches.new_full(patches.shape[:3], float("-inf"))
-        for candidate in around.unbind(1):  # one at a time, or there would be nine copies of the patches
-            number = candidate.clamp(min=0)
+    member = blocks.tile_of_patch(device).expand(patches.shape[:3])
+    with torch.autocast(device.type, enabled=False):  # the choice is made in float32
+        for step in range(steps):
+            if step:
+                centres = _means(patches, member, centres)
+            half = (centres.square().sum(-1) / 2)[:, :, number].masked_fill(missing, float("inf"))  # [B, H, P, 9]
             # |x - c|^2 without the part that is the same for all groups, negated and halved.
-            near = (patches * centres[:, :, number]).sum(-1) - half[:, :, number]
-            nearer = (near > best) & (candidate >= 0)
-            best = torch.where(nearer, near, best)
-            member = torch.where(nearer, number, member)
+            nearness = in_blocks @ centres[:, :, number].mT - half[:, :, :, None]
+            nearest = number.expand(half.shape).gather(3, nearness.argmax(-1))  # [B, H, P, S]
+            member = nearest.flatten(2)[:, :, places]
     return member, centres
 
 

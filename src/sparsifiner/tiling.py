@@ -95,6 +95,10 @@ class Tiling:
         """Number of the rectangle each patch lies in, int64 ``[num_patches]``."""
         return _index_tensors(self.grid, self.tile, 0, device)[1]
 
+    def places(self, device: torch.device) -> Tensor:
+        """Where each patch stands in :meth:`tokens` flattened, int64 ``[num_patches]``."""
+        return _index_tensors(self.grid, self.tile, 0, device)[3]
+
     def sizes(self, device: torch.device) -> Tensor:
         """Patches in each rectangle, float32 ``[T]``."""
         return _index_tensors(self.grid, self.tile, 0, device)[2]
@@ -125,8 +129,9 @@ class Tiling:
 
 def _index_tensors(
     grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of each rectangle ``[T, S]``, rectangle of each patch ``[num_patches]``, rectangle sizes ``[T]``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens of each rectangle ``[T, S]``, rectangle of each patch ``[num_patches]``, rectangle sizes ``[T]``, and
+    where each patch stands in the first of these, ``[num_patches]``.
 
     They depend on a few whole numbers only and are made once per shape and device. A compiler traces the
     arithmetic instead, and folds it into constants.
@@ -142,20 +147,21 @@ def may_be_traced() -> bool:
 
 def _make_index_tensors(
     grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = -(-grid[0] // tile[0]), -(-grid[1] // tile[1])
     y = torch.arange(rows * tile[0], device=device).view(rows, 1, tile[0], 1)
     x = torch.arange(columns * tile[1], device=device).view(1, columns, 1, tile[1])
     token = torch.where((y < grid[0]) & (x < grid[1]), num_prefix_tokens + y * grid[1] + x, -1)
     tokens = token.reshape(rows * columns, tile[0] * tile[1]).to(torch.int32)
-    tile_row = torch.arange(grid[0], device=device).view(-1, 1) // tile[0]
-    tile_column = torch.arange(grid[1], device=device).view(1, -1) // tile[1]
-    return tokens, (tile_row * columns + tile_column).flatten(), (tokens >= 0).sum(dim=1).float()
+    row, column = torch.arange(grid[0], device=device).view(-1, 1), torch.arange(grid[1], device=device).view(1, -1)
+    tile_of_patch = row // tile[0] * columns + column // tile[1]
+    place = tile_of_patch * (tile[0] * tile[1]) + row % tile[0] * tile[1] + column % tile[1]
+    return tokens, tile_of_patch.flatten(), (tokens >= 0).sum(dim=1).float(), place.flatten()
 
 
 @lru_cache(maxsize=256)
 def _cached_index_tensors(
     grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.inference_mode(False):  # so that autograd may save them
         return _make_index_tensors(grid, tile, num_prefix_tokens, device)

@@ -34,7 +34,7 @@ COPY_COST = 24
 
 
 class Inputs(NamedTuple):
-    """Tensors of the operator, as in ``sparse_attention``; ``tile_tokens`` ``[T, S]`` has -1 in border tiles."""
+    """Arguments of the operator, as in ``sparse_attention``; ``tile_tokens`` ``[T, S]`` has -1 in border tiles."""
 
     q: Tensor
     k: Tensor
@@ -46,6 +46,12 @@ class Inputs(NamedTuple):
     tail_v: Tensor | None
     tail_bias: Tensor | None
     attn_bias: Tensor | None
+    num_prefix_tokens: int
+
+    @property
+    def divides(self) -> bool:
+        """Whether every tile is whole."""
+        return self.tile_tokens.numel() == self.q.shape[2] - self.num_prefix_tokens
 
     @property
     def num_pooled(self) -> int:
@@ -94,7 +100,9 @@ class _Chunk:
         heads, num_tokens, width = out.shape[1:]
         image, head = self.row // heads, self.row % heads
         rows = (image[:, None] * num_tokens + self.tokens) * heads + head[:, None]
-        out.transpose(1, 2).view(-1, width).index_copy_(0, rows[self.inside], values[self.inside])
+        if not self.inputs.divides:
+            rows, values = rows[self.inside], values[self.inside]
+        out.transpose(1, 2).view(-1, width).index_copy_(0, rows.flatten(), values.reshape(-1, width))
 
     def add_query_gradients(self, grads: Gradients, dq: Tensor, dlogits: Tensor) -> None:
         """Of what belongs to the queries: themselves and ``attn_bias``."""

@@ -51,7 +51,7 @@ def _gather_attention(
         mask = None if attn_bias is None else attn_bias[:, :, :num_prefix_tokens, :num_tokens]
         prefix = _attend(q[:, :, :num_prefix_tokens], k, v, mask, scale)
         out[:, :, :num_prefix_tokens] = prefix
-    inputs = Inputs(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, attn_bias)
+    inputs = Inputs(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, attn_bias, num_prefix_tokens)
     for chunk in make_chunks(inputs):
         values = _attend(chunk.q[:, None], chunk.k[:, None], chunk.v[:, None], chunk.mask[:, None], scale)
         chunk.write(out, values[:, 0])
@@ -105,7 +105,8 @@ def _gather_attention_backward(
         grads.v.add_(dv)
         if mask is not None:
             grads.attn_bias[:, :, prefix, :num_tokens] += _reduce_to(dlogits, mask.shape)
-    for chunk in make_chunks(Inputs(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, attn_bias)):
+    arguments = Inputs(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, attn_bias, num_prefix_tokens)
+    for chunk in make_chunks(arguments):
         grad_rows = chunk.take(grad) * chunk.inside[..., None]
         parts = _attend_backward(grad_rows, chunk.q, chunk.k, chunk.v, chunk.mask, scale, dtype)
         chunk.add_gradients(grads, *parts)
