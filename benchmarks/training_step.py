@@ -3,8 +3,8 @@
     TIMM_FUSED_ATTN=0 python benchmarks/training_step.py benchmarks/results/training_step.json
 
 ViT-S/16 at 256 px (256 patches), batch 32, bfloat16 autocast unless ``--precision float32`` says otherwise, one forward
-and one backward pass without optimiser and teacher. Sparse attention in training is the gather backend. timm's fused attention is off because the dense model
-trains faster without it on a CPU.
+and one backward pass without optimiser and teacher. Sparse attention in training is the gather backend. timm's fused
+attention is off because the dense model trains faster without it on a CPU.
 """
 
 from __future__ import annotations
