@@ -184,7 +184,12 @@ def test_masks_are_refused(tiny_vit, images) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [SparsifinerConfig(dense_below=0), SparsifinerConfig.paper(), SparsifinerConfig(dense_below=0, tail=(3, 3))],
+    [
+        SparsifinerConfig(dense_below=0),
+        SparsifinerConfig.paper(),
+        SparsifinerConfig(dense_below=0, tail=(3, 3)),
+        SparsifinerConfig(),  # asks whether it pays
+    ],
 )
 def test_compiles_into_one_graph(config, tiny_vit, images) -> None:
     sparse, x = sparsify(tiny_vit(depth=1), config, keep_rate=0.3), images(2, 3, 32, 32)

@@ -15,6 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 LEVEL_VARIABLE = "SPARSIFINER_CPU_LEVEL"
 
 _missing: str | None = None
+_level: str | None = None  # what the kernels would say; a compiler that traces cannot ask them
 try:
     _native: Any = import_module("sparsifiner._native")
 except ImportError as error:
@@ -25,6 +26,7 @@ except ImportError as error:
 else:
     try:
         _native.force_level(os.environ.get(LEVEL_VARIABLE, ""))
+        _level = str(_native.level())
     except ValueError as error:
         _missing = f"{LEVEL_VARIABLE} asks for what this machine cannot do: {error}"
 
@@ -46,7 +48,7 @@ def missing_levels() -> dict[str, str]:
 
 def level() -> str | None:
     """The instruction set the kernels run with."""
-    return None if _missing is not None else str(_native.level())
+    return None if _missing is not None else _level
 
 
 @contextmanager
@@ -61,12 +63,18 @@ def force_level(name: str) -> Iterator[None]:
     """
     if _missing is not None:
         raise ValueError(_missing)
-    before = _native.level()
-    _native.force_level(name)
+    before = str(_native.level())
+    _set_level(name)
     try:
         yield
     finally:
-        _native.force_level(before)
+        _set_level(before)
+
+
+def _set_level(name: str) -> None:
+    global _level
+    _native.force_level(name)
+    _level = str(_native.level())
 
 
 def why_not(x: Tensor) -> str | None:
