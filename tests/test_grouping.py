@@ -147,6 +147,12 @@ def test_training_groups_as_inference_does(autocast: bool, monkeypatch: pytest.M
         torch.testing.assert_close(distance, want[2])
 
 
+def test_tensors_without_data_have_groups_of_the_right_shape() -> None:
+    blocks = Tiling((9, 10), (4, 4), 1)
+    shapes = [list(found.shape) for found in group_patches(torch.empty(2, 3, 91, 16, device="meta"), blocks, 2)]
+    assert shapes == [[2, 3, 90], [2, 3, 9, 16], [2, 3, 91]]
+
+
 def test_gradients_flow_through_the_means_of_groups() -> None:
     blocks = Tiling((5, 6), (2, 3), 1)
     k, v = torch.randn(2, 1, 2, 31, 4, dtype=torch.float64, requires_grad=True).unbind(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +107,7 @@ def _lloyd(patches: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor]
     in_blocks = in_blocks.index_copy_(2, places, patches).unflatten(2, (around.shape[0], -1))  # [B, H, P, S, D]
     centres = blocks.mean_patches(patches)
     member = blocks.tile_of_patch(device).expand(patches.shape[:3])
-    with torch.autocast(device.type, enabled=False):  # the choice is made in float32
+    with _full_precision(device):
         for step in range(steps):
             if step:
                 centres = _means(patches, member, centres)
@@ -115,6 +117,11 @@ def _lloyd(patches: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor]
             nearest = number.expand(half.shape).gather(3, nearness.argmax(-1))  # [B, H, P, S]
             member = nearest.flatten(2)[:, :, places]
     return member, centres
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Products as they are, also where autocast would round them; meta tensors know no autocast."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def _means(patches: Tensor, member: Tensor, empty: Tensor) -> Tensor:
