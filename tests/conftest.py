@@ -72,22 +72,23 @@ def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def with_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from threads, and lose much of their time to them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    yield from with_threads(1)
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Also where each process of the tests has one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    yield from with_threads(2)
 
 
 @pytest.fixture

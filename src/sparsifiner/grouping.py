@@ -31,18 +31,20 @@ def group_patches(x: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor
         where torch computes it; and the distance of each token from the mean of its group, of prefix tokens from zero,
         ``[B, H, N]``.
     """
+    fixed = x.detach()  # gradients flow through the means only
     prefix, patches = x[:, :, : blocks.num_prefix_tokens], x[:, :, blocks.num_prefix_tokens :]
+    if cpu.serves(fixed):
+        member, means, distance = native_group_patches(fixed, *blocks.grid, *blocks.tile, prefix.shape[2], steps)
+        if cpu.needs_gradients(x):
+            means = _means(patches, member.long(), means).to(x.dtype)
+        return member, means, distance
     with torch.no_grad():
-        if cpu.serves(x):  # gradients flow through the means only
-            member, means, distance = native_group_patches(x, *blocks.grid, *blocks.tile, prefix.shape[2], steps)
-        else:
-            chosen, centres = _lloyd(patches.to(torch.promote_types(x.dtype, torch.float32)), blocks, steps)
-            member, means = chosen.to(torch.int32), _means(patches, chosen, centres).to(x.dtype)
-            own_mean = means.gather(2, _rows(chosen, patches))
-            distance = torch.cat([prefix, patches - own_mean], dim=2).norm(dim=-1)
-    if cpu.needs_gradients(x):
-        means = _means(patches, member.long(), means).to(x.dtype)
-    return member, means, distance
+        member, centres = _lloyd(patches.to(torch.promote_types(x.dtype, torch.float32)), blocks, steps)
+    means = _means(patches, member, centres).to(x.dtype)
+    with torch.no_grad():
+        own_mean = means.gather(2, _rows(member, patches))
+        distance = torch.cat([prefix, patches - own_mean], dim=2).norm(dim=-1)
+    return member.to(torch.int32), means, distance
 
 
 def pool_groups(x: Tensor, member: Tensor, blocks: Tiling) -> Tensor:
