@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import cpu
 from .pooling import check_tokens
-from .tiling import Tiling, may_be_traced
+from .tiling import Tiling, made_once
 
 
 def group_patches(x: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,23 +63,17 @@ def pool_groups(x: Tensor, member: Tensor, blocks: Tiling) -> Tensor:
 
 def blocks_around(blocks: Tiling, device: torch.device) -> Tensor:
     """Numbers of the up to 3x3 blocks around each block, itself included, int64 ``[P, 9]``; -1 beyond the border."""
-    make = _make_blocks_around if may_be_traced() else _cached_blocks_around
-    return make(blocks.shape, device)
+    return _blocks_around(blocks.shape, device)
 
 
-def _make_blocks_around(shape: tuple[int, int], device: torch.device) -> Tensor:
+@made_once
+def _blocks_around(shape: tuple[int, int], device: torch.device) -> Tensor:
     rows, columns = shape
     step = torch.arange(-1, 2, device=device)
     y = (torch.arange(rows, device=device)[:, None] + step)[:, None, :, None]
     x = (torch.arange(columns, device=device)[:, None] + step)[None, :, None, :]
     inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
     return torch.where(inside, y * columns + x, -1).reshape(rows * columns, 9)
-
-
-@lru_cache(maxsize=64)
-def _cached_blocks_around(shape: tuple[int, int], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # so that autograd may save them
-        return _make_blocks_around(shape, device)
 
 
 def grouping_macs(blocks: Tiling, width: int, steps: int) -> int:

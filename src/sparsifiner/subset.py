@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .tiling import Tiling, may_be_traced
+from .tiling import Tiling, made_once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,11 +96,11 @@ class SubsetTiling(Tiling):
 
 def z_order(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Place of each patch along the Z-order (Morton) curve of the grid, int64 ``[num_patches]``, with gaps."""
-    make = _make_z_order if may_be_traced() else _cached_z_order
-    return make(grid).to(device)
+    return _z_order(grid).to(device)
 
 
-def _make_z_order(grid: tuple[int, int]) -> Tensor:
+@made_once
+def _z_order(grid: tuple[int, int]) -> Tensor:
     row = torch.arange(grid[0], device="cpu")[:, None]
     column = torch.arange(grid[1], device="cpu")[None, :]
     place = torch.zeros(grid, dtype=torch.int64, device="cpu")
@@ -109,9 +108,3 @@ def _make_z_order(grid: tuple[int, int]) -> Tensor:
         place += ((column >> bit) & 1) << (2 * bit)
         place += ((row >> bit) & 1) << (2 * bit + 1)
     return place.flatten()
-
-
-@lru_cache(maxsize=64)
-def _cached_z_order(grid: tuple[int, int]) -> Tensor:
-    with torch.inference_mode(False):
-        return _make_z_order(grid)

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+Made = TypeVar("Made")
+
+
+def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep the tensors that ``make`` returns, which depend on its arguments only: numbers and devices.
+
+    A compiler traces the arithmetic instead, and folds it into constants: a tensor made while tracing, or under
+    ``FakeTensorMode``, must not outlive that in a cache.
+    """
+
+    @lru_cache(maxsize=256)
+    def kept(*args: object) -> Made:
+        with torch.inference_mode(False):  # so that autograd may save them
+            return make(*args)
+
+    @wraps(make)
+    def made(*args: object) -> Made:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return make(*args)
+        return kept(*args)
+
+    return made
 
 
 @dataclass(frozen=True)
@@ -127,27 +152,12 @@ class Tiling:
         return x.unflatten(-3, (rows, self.tile[0])).unflatten(-2, (columns, self.tile[1]))
 
 
+@made_once
 def _index_tensors(
     grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens of each rectangle ``[T, S]``, rectangle of each patch ``[num_patches]``, rectangle sizes ``[T]``, and
-    where each patch stands in the first of these, ``[num_patches]``.
-
-    They depend on a few whole numbers only and are made once per shape and device. A compiler traces the
-    arithmetic instead, and folds it into constants.
-    """
-    make = _make_index_tensors if may_be_traced() else _cached_index_tensors
-    return make(grid, tile, num_prefix_tokens, device)
-
-
-def may_be_traced() -> bool:
-    """Whether tensors made now may be a tracer's or ``FakeTensorMode``'s, which must not outlive it in a cache."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-
-
-def _make_index_tensors(
-    grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    where each patch stands in the first of these, ``[num_patches]``."""
     rows, columns = -(-grid[0] // tile[0]), -(-grid[1] // tile[1])
     y = torch.arange(rows * tile[0], device=device).view(rows, 1, tile[0], 1)
     x = torch.arange(columns * tile[1], device=device).view(1, columns, 1, tile[1])
@@ -157,11 +167,3 @@ def _make_index_tensors(
     tile_of_patch = row // tile[0] * columns + column // tile[1]
     place = tile_of_patch * (tile[0] * tile[1]) + row % tile[0] * tile[1] + column % tile[1]
     return tokens, tile_of_patch.flatten(), (tokens >= 0).sum(dim=1).float(), place.flatten()
-
-
-@lru_cache(maxsize=256)
-def _cached_index_tensors(
-    grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.inference_mode(False):  # so that autograd may save them
-        return _make_index_tensors(grid, tile, num_prefix_tokens, device)
