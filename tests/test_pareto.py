@@ -196,6 +196,9 @@ def test_every_backbone_learns_for_the_same_number_of_steps(sweep, tmp_path):
     dropping = dataclasses.replace(RECIPE, model_args={"drop_path_rate": 0.1})
     with pytest.raises(ValueError, match="paper starts from its calibrated model.*drop_path_rate"):
         run_sweep(sweep(**settings, recipe=dropping), tmp_path / "refused")
+    pruned = {**settings, "methods": ("local", "paper-evit")}
+    with pytest.raises(ValueError, match="phase joint: attn_recon compares with the teacher's attention"):
+        run_sweep(sweep(**pruned, recipe=recipe), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()  # before anything is measured
 
 

@@ -60,6 +60,36 @@ def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
     assert start.accuracy["model"].images == 7
 
 
+def test_processes_that_find_different_checkpoints_do_not_go_on(folder_of_images, tmp_path):
+    """As on nodes whose disks are their own: only the first has written anything."""
+    recipe = {
+        "model": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "model_args": TINY,
+        "data": {"path": str(folder_of_images), "img_size": 32, "workers": 0},
+        "sparsity": {"preset": "paper", "keep_rate": 0.5},
+        "batch_size": 4,
+        "phases": [{"name": "cls", "steps": 1}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    script = tmp_path / "node.py"
+    script.write_text(
+        "import os, sys\n"
+        "from sparsifiner.training import load_recipe, train\n"
+        "try:\n"
+        "    train(load_recipe(sys.argv[1]), sys.argv[2] + os.environ['RANK'], cpu=True)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
+               tmp_path / "recipe.yaml", tmp_path / "disk"]  # fmt: skip
+    first, again = (subprocess.run(command, capture_output=True, text=True, timeout=240) for _ in range(2))
+    assert (first.returncode, first.stdout) == (0, "")
+    assert (tmp_path / "disk0" / "checkpoint.pt").exists()
+    assert not (tmp_path / "disk1" / "checkpoint.pt").exists()
+    assert again.stdout.count("the output folder must be one that all nodes share") == 2, again.stderr
+
+
 def test_two_processes_share_batchnorm_statistics_and_what_is_broken(folder_of_images, tmp_path):
     root = tmp_path / "images"
     shutil.copytree(folder_of_images, root)

@@ -122,6 +122,35 @@ def test_the_ratio_loss_drives_the_kept_share_to_the_keep_rate():
     assert abs(share() - 0.25) < before / 3
 
 
+def test_a_teacher_gets_the_images_as_its_own_weights_expect_them(tiny_vit, images):
+    student = tiny_vit("vit_tiny_patch16_224")  # mean and deviation 0.5
+    teacher = tiny_vit("deit_tiny_patch16_224")  # those of ImageNet
+    pictures, seen = images(2, 3, 32, 32).sigmoid(), []
+    teacher.patch_embed.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    Objective(student, teacher, {"kl": 1.0})((pictures - 0.5) / 0.5, None)
+    assert torch.allclose(seen[-1], (pictures - mean) / std, atol=1e-6)
+    x = images(2, 3, 32, 32)
+    Objective(teacher, teacher, {"kl": 1.0})(x, None)
+    assert torch.equal(seen[-1], x)
+
+
+@pytest.mark.parametrize("loss", ["attn_recon", "attn_self_distill", "least_k"])
+def test_under_autocast_the_whole_predictor_learns_from_its_scores(loss, tiny_vit, images):
+    """Also where the choice of keys has used the same weights without gradients, in the same region."""
+    teacher = tiny_vit(depth=1)
+    student = sparsifiner.sparsify(teacher, SparsifinerConfig.paper(0.3)).train()
+    objective = Objective(student, teacher, {"ce": 1.0, loss: 1.0})
+    x, y = images(2, 3, 32, 32), torch.tensor([1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = objective(x, y)
+    total.backward()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters() if ".predictor." in name}
+    assert gradients
+    half = {name for name, gradient in gradients.items() if gradient is None or not gradient.abs().max() > 0}
+    assert not half, half
+
+
 def test_the_objective_adds_the_weighted_parts(tiny_vit, images):
     teacher = tiny_vit()
     student = sparsifiner.sparsify(teacher, SparsifinerConfig.paper(0.3))

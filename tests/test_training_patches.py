@@ -217,3 +217,15 @@ def test_a_saved_pruned_student_goes_on_with_an_unpruned_teacher(folder_of_image
     again = train(from_dict(recipe), tmp_path / "again", cpu=True)
     assert again.history[0]["token_mse"] > 0
     assert reduces_tokens(load_model(str(again.model)))
+
+
+def test_a_phase_that_asks_the_teacher_about_dropped_tokens_is_refused_before_any_trains(recipe, tmp_path):
+    def made(second):
+        phases = [{"name": "attn_recon", "steps": 1}, {"name": second, "steps": 1}]
+        return recipe(sparsity={"method": "paper-evit", "keep_rate": 0.5}, phases=phases)
+
+    with pytest.raises(ValueError, match="phase joint: attn_recon compares .* use attn_self_distill"):
+        train(made("joint"), tmp_path / "refused", cpu=True)
+    assert not (tmp_path / "refused").exists()
+    result = train(made("attn_self_distill"), tmp_path / "out", cpu=True)  # what the message advises
+    assert any("attn_self_distill" in entry for entry in result.history)

@@ -23,6 +23,7 @@ from ..saving import CONFIG_NAME
 from ..training.checkpoint import RESULT_NAME
 from ..training.data import Samples, collate
 from ..training.engine import train
+from ..training.phases import check_phases
 from ..training.randomness import seeded
 from ..training.recipe import PATCH_LOSSES, SCORE_LOSSES, PhaseConfig, TrainConfig
 from ..training.recipe_file import differing_settings
@@ -94,7 +95,9 @@ class CellModels:
             cell: of the sweep.
             row: what an earlier run has measured of it.
         """
-        self._converted(cell)
+        model = self._converted(cell)
+        if cell.stage == "fine-tuned":
+            check_phases(model, self._recipe(cell)[0])
         if cell.stage == "fine-tuned" and cell.learns_predictor:
             self._check_fit(dataclasses.replace(cell, stage="calibrated"), None)
         if cell.stage != "training-free":

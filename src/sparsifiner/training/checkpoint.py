@@ -101,3 +101,23 @@ def load_checkpoint(
             f"continue with as many, or start anew with another --output"
         )
     return checkpoint
+
+
+def check_same_start(found: Checkpoint | None, folder: Path) -> None:
+    """Refuse to go on where the processes of a run found different checkpoints: their batches would differ, too.
+
+    Args:
+        found: what this process found; every process of the run makes this call.
+        folder: of the run.
+
+    Raises:
+        ValueError: in one line.
+    """
+    from accelerate.utils import gather_object
+
+    places = gather_object([None if found is None else (found.phase, found.update)])
+    if any(place != places[0] for place in places):
+        raise ValueError(
+            f"not every process of the run finds the same checkpoint in {folder}; the output folder must be one that "
+            f"all nodes share"
+        )

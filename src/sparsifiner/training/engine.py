@@ -19,7 +19,7 @@ from ..convert import always_sparse
 from ..files import check_writable, write_atomically
 from ..progress import Progress
 from .batchnorm import average_statistics
-from .checkpoint import RESULT_NAME, Checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import RESULT_NAME, Checkpoint, check_same_start, load_checkpoint, save_checkpoint
 from .data import Samples, TrainBatches, mixing, train_loader, train_transform, validation_loader, validation_transform
 from .meter import Meter, watched
 from .objective import Objective
@@ -116,6 +116,7 @@ class Run:
             )
             val_source = self._validation_source()
         self.checkpoint = load_checkpoint(folder, config, self.world, len(self.source), self.source.classes)
+        check_same_start(self.checkpoint, folder)
         labelled = any("ce" in phase.losses for phase in config.phases)
         if labelled and self.source.classes is None:
             raise ValueError("the loss ce needs labels, but the images have none; leave ce out or use labelled data")
@@ -124,7 +125,7 @@ class Run:
         if classes is not None and self.num_classes is not None and self.num_classes < classes:
             raise ValueError(f"num_classes is {self.num_classes}, but the data has {classes} classes")
         student, teacher = build_models(config, self.num_classes)
-        check_phases(student, config.phases)
+        check_phases(student, config)
         self.student: Any = student.to(accelerator.device)
         self.teacher = teacher
         if teacher is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..attention import LayerRecord
@@ -56,7 +57,7 @@ class Objective(nn.Module):
         self.student = student
         self.weights = dict(weights)
         self.smoothing = smoothing
-        self._teacher = (None if teacher is None else Teacher(teacher, attention="attn_recon" in weights),)
+        self._teacher = (None if teacher is None else Teacher(teacher, student, attention="attn_recon" in weights),)
 
     @property
     def teacher(self) -> Teacher | None:
@@ -66,7 +67,7 @@ class Objective(nn.Module):
         """The total loss and the unweighted parts, detached.
 
         Args:
-            images: ``[B, 3, H, W]``.
+            images: ``[B, 3, H, W]``, normalised as the student has it.
             target: class numbers ``[B]``, shares ``[B, classes]``, or None where no loss needs labels.
         """
         wanted = set(self.weights)
@@ -112,6 +113,9 @@ class Objective(nn.Module):
         wanted = [name for name in self.weights if name not in FROM_OUTPUTS]
         if not wanted:
             return {}
+        # The choice of keys has cast the predictors' weights without gradients; older torch would take those casts
+        # again (pytorch issue 65766).
+        torch.clear_autocast_cache()
         layers = sparse_layers(self.student)
         parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
         for number, (path, layer) in enumerate(layers.items()):
@@ -182,10 +186,12 @@ class Teacher:
 
     Args:
         model: in evaluation mode from now on.
+        student: the model whose images it is given; its own may be normalised otherwise.
         attention: whether what its attention is made of is wanted as well.
     """
 
-    def __init__(self, model: nn.Module, *, attention: bool) -> None:
+    def __init__(self, model: nn.Module, student: nn.Module, *, attention: bool) -> None:
+        self.renormalise = _renormalisation(student, model)
         self.model = model.requires_grad_(False).eval()
         self.serves = FROM_TEACHER | ({"attn_recon"} if attention else set())
         self.records = attention
@@ -194,9 +200,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Taught:
+        """What it says about ``images`` ``[B, 3, H, W]``, normalised as the student has it."""
         with ExitStack() as stack:
             seen = stack.enter_context(record(self.model, tensors=True)) if self.records else {}
-            tokens, logits = run_model(self.model, images, head=True)
+            tokens, logits = run_model(self.model, self.renormalise(images), head=True)
         layers = sparse_layers(self.model) if seen else {}
         return Taught(tokens, logits, [(did, layers[path].scale) for path, did in seen.items()])
 
@@ -220,6 +227,20 @@ def run_model(model: Any, images: Tensor, *, head: bool) -> tuple[Tensor, Tensor
     classify = model.forward_class_token if isinstance(model, LvVit) else model.forward_head
     logits = classify(features) if head else features.new_empty(0)
     return features[:, model.num_prefix_tokens :], logits
+
+
+def _renormalisation(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Turns images ``[B, 3, H, W]`` normalised for the student into the same images normalised for the teacher."""
+    ours, theirs = (resolve_model_data_config(model) for model in (student, teacher))
+    if (ours["mean"], ours["std"]) == (theirs["mean"], theirs["std"]):
+        return lambda images: images
+    mean, std, new_mean, new_std = (
+        torch.tensor(settings[name], dtype=torch.float64)[:, None, None]
+        for settings in (ours, theirs)
+        for name in ("mean", "std")
+    )
+    scale, shift = std / new_std, (mean - new_mean) / new_std
+    return lambda images: images * scale.to(images) + shift.to(images)
 
 
 def _same_shape(what: str, student: Tensor, teacher: Tensor) -> None:

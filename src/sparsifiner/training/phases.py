@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from timm.optim import create_optimizer_v2
@@ -10,20 +9,28 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from ..blocks import reduces_tokens
 from ..convert import find_sparse_layers, set_keep_rate, sparse_layers
 from .batchnorm import hold_frozen_statistics
 from .recipe import PhaseConfig, TrainConfig
+from .student import needs_teacher
 
 
-def check_phases(student: nn.Module, phases: Iterable[PhaseConfig]) -> None:
+def check_phases(student: nn.Module, config: TrainConfig) -> None:
     """Refuse a phase that the student cannot enter, before any of them trains.
 
     Raises:
-        ValueError: in one line, if keep rates do not fit the layers, or what shall learn is not there.
+        ValueError: in one line, if keep rates do not fit the layers, what shall learn is not there, or the student
+            has lost tokens whose attention the teacher would be asked for.
     """
     layers = find_sparse_layers(student).values()
-    for phase in phases:
+    for number, phase in enumerate(config.phases):
         try:
+            if "attn_recon" in phase.losses and reduces_tokens(student) and needs_teacher(config, number):
+                raise ValueError(
+                    "attn_recon compares with the teacher's attention among all tokens, but the student drops some; "
+                    "use attn_self_distill (its own attention), or leave attn_recon out"
+                )
             _trainable(student, phase.train or "all")
             if phase.keep_rate is not None:
                 for number, layer in enumerate(layers):
