@@ -144,3 +144,8 @@ def test_the_counter_sees_the_operator_forward_and_backward():
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == forward * 5 // 2
+
+
+def test_a_batch_without_images_is_refused(tiny_vit, images):
+    with pytest.raises(ValueError, match=r"at least one image, got a batch of shape \[0, 3, 32, 32\]"):
+        count_flops(tiny_vit(), images(1, 3, 32, 32)[:0])

@@ -344,3 +344,14 @@ def test_a_sparse_model_exports(tiny_vit, images):
         program = torch.export.export(sparse, (x,))
         torch.testing.assert_close(program.module()(x), sparse(x))
     assert any("sparsifiner" in str(node.target) for node in program.graph.nodes)
+
+
+def test_a_copy_made_while_recording_is_not_recorded(tiny_vit, images):
+    sparse, x = sparsify(tiny_vit(), keep_rate=0.5), images(1, 3, 32, 32)
+    with sparsifiner.record(sparse) as seen:
+        twins = [copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))]
+        for twin in twins:
+            twin(x)
+        assert not seen
+        sparse(x)
+    assert len(seen) == 2

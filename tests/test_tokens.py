@@ -396,3 +396,30 @@ def test_a_wrong_number_of_tokens_is_refused():
     step = pruning_step(PatchGrid((4, 4), (4, 4), 1), 0.5, False)
     with pytest.raises(ValueError, match="token pruning got 12 tokens"):
         step.reduce(torch.zeros(1, 12, 4), torch.zeros(1, 12))
+
+
+@pytest.mark.parametrize("convert", [prune_tokens, merge_tokens])
+def test_a_model_is_its_own_after_an_export(tiny_vit, images, convert):
+    settings = {"layers": (0, 1)} if convert is prune_tokens else {"per_layer": 8}
+    model, x = convert(tiny_vit(), **settings), images(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        torch.export.export(model, (x,))
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # what tracing left behind is no part
+            assert torch.equal(twin(x), expected)
+
+
+def test_a_pruned_model_that_lost_blocks_comes_back(tiny_vit, images, tmp_path):
+    x = images(2, 3, 32, 32)
+    for cut, left in ((1, (0, 1)), (0, (0,))):
+        model = prune_tokens(tiny_vit(depth=3), layers=(0, 1, 2))
+        model.prune_intermediate_layers([cut], prune_norm=False, prune_head=False)
+        sparsifiner.save_pretrained(model, tmp_path / str(cut))
+        back = sparsifiner.from_pretrained(tmp_path / str(cut))
+        assert sparsifiner.token_pruning(back).layers == left
+        assert torch.equal(back(x), model(x))
+
+
+def test_block_numbers_may_be_numpys(tiny_vit):
+    numpy = pytest.importorskip("numpy")
+    assert sparsifiner.token_pruning(prune_tokens(tiny_vit(), layers=numpy.arange(2))).layers == (0, 1)

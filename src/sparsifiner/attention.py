@@ -91,6 +91,10 @@ class SparseAttention(nn.Module):
             num_prefix_tokens=self.grid.num_prefix_tokens,
         ).to(device=weight.device, dtype=weight.dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles made while somebody watches are not watched."""
+        return {**vars(self), "observer": None}
+
     def to_dense(self) -> nn.Module:
         """The dense layer back, with the weights of this one; this one must not be used afterwards."""
         dense = self.dense_class.__new__(self.dense_class)

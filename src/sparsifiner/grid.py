@@ -30,8 +30,12 @@ class PatchGrid:
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens
         # By length of the sequence, which shrinks wherever tokens go, so that a layer that runs again
-        # (activation checkpointing) finds the patches it saw the first time.
+        # (activation checkpointing) finds the patches it saw the first time, until the next forward pass.
         self.kept: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what belongs to one forward pass; ``torch.export`` leaves fake tensors there."""
+        return {**vars(self), "kept": {}}
 
     @property
     def num_patches(self) -> int:

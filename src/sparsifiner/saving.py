@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,9 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
 def _conversions(model: nn.Module) -> tuple[list[SparseAttention], TokenPruning | None, dict[str, Any] | None]:
     """What was done to a dense model: its sparse layers, the settings of pruning, and those of a baseline."""
     pruning = token_pruning(model) if is_pruned(model) else None
+    if pruning is not None:  # blocks may have been cut off at the end since
+        left = tuple(number for number in pruning.layers if number < len(model.blocks))  # type: ignore[arg-type]
+        pruning = replace(pruning, layers=left) if left else None
     return list(find_sparse_layers(model).values()), pruning, baseline_settings(model)
 
 

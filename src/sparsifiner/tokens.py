@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class TokenPruning:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_rate", check_keep_rate(self.keep_rate))
-        layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
+        given = self.layers if isinstance(self.layers, Iterable) else ()
+        layers = tuple(int(n) if isinstance(n, Integral) else n for n in given)  # NumPy's whole numbers, too
         if not layers or any(not isinstance(n, int) for n in layers) or list(layers) != sorted(set(layers)):
             raise ValueError(f"layers must be rising block numbers such as (3, 6, 9), got {self.layers!r}")
         object.__setattr__(self, "layers", layers)

@@ -172,8 +172,10 @@ def count_flops(model: nn.Module, x: Tensor) -> FlopReport:
         x: images ``[B, 3, height, width]``; counts are per image, the mean over the batch.
 
     Raises:
-        ValueError: if the model has no attention layer that is known.
+        ValueError: if the model has no attention layer that is known, or ``x`` no image.
     """
+    if not x.shape[0]:
+        raise ValueError(f"count_flops needs at least one image, got a batch of shape {list(x.shape)}")
     names = _attention_layers(model)
     if not names:
         raise ValueError(f"{type(model).__name__} has no attention layer to count; expected a Vision Transformer")

@@ -27,6 +27,10 @@ class TokenSizes:
     def __init__(self) -> None:
         self.by_length: dict[int, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, dict[int, Tensor]]:
+        """Copies and pickles leave out what belongs to one forward pass; ``torch.export`` leaves fake tensors there."""
+        return {"by_length": {}}
+
     def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.by_length = {}
 
