@@ -355,3 +355,14 @@ def test_a_copy_made_while_recording_is_not_recorded(tiny_vit, images):
         assert not seen
         sparse(x)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4, 36), (12, 12), (64, 12)])
+def test_images_smaller_than_a_tile_are_attended_to_densely(tiny_vit, images, size):
+    dense = tiny_vit(dynamic_img_size=True)
+    sparse, x = sparsify(dense, keep_rate=0.1), images(2, 3, *size)
+    assert torch.allclose(sparse(x), dense(x), atol=1e-6)
+    with pytest.raises(ValueError, match="a 4x4 tile does not fit the"):
+        sparse.train()(x)
+    with pytest.raises(ValueError, match="a 4x4 tile does not fit the"):
+        sparsify(dense, SparsifinerConfig(keep_rate=0.1, dense_below=0))(x)

@@ -150,6 +150,8 @@ class SparseAttention(nn.Module):
         (``config.dense_below``)."""
         if self.training:
             return self.config.attn_recon
+        if self._grid_is_below_a_tile():
+            return True
         if self.config.dense_below is not None:
             return tiling.num_tokens < self.config.dense_below
         if self.config.predictor == "oracle":
@@ -158,14 +160,26 @@ class SparseAttention(nn.Module):
         return not sparse_pays(self.config, q, tiling, score_macs, attn_bias)
 
     def tiling(self, num_tokens: int) -> Tiling:
-        """The query tiles of the current input, checked against the length of its sequence."""
-        tiling = self.grid.tiling(self.config.query_tile, num_tokens)
+        """The query tiles of the current input, checked against the length of its sequence.
+
+        Where the patch grid is too small for a tile and attention dense, a tile is a patch.
+        """
+        tile = (1, 1) if self._grid_is_below_a_tile() else self.config.query_tile
+        tiling = self.grid.tiling(tile, num_tokens)
         if tiling.num_tokens != num_tokens:
             raise ValueError(
                 f"attention got {num_tokens} tokens, but the image has a {tiling.grid[0]}x{tiling.grid[1]} patch grid "
                 f"and {tiling.num_prefix_tokens} prefix tokens; patch dropout and token merging are not supported"
             )
         return tiling
+
+    def _grid_is_below_a_tile(self) -> bool:
+        """Whether the patch grid has no room for a tile or a block of the tail, in evaluation mode with
+        ``dense_below`` left to us: a thumbnail, or a strip one patch high."""
+        if self.training or self.config.dense_below is not None:
+            return False
+        rectangles = (self.config.query_tile, self.config.tail or (1, 1))
+        return any(side < least for sides in rectangles for side, least in zip(self.grid.shape, sides, strict=True))
 
     def _observe(
         self, connectivity: Connectivity | None, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None
