@@ -17,6 +17,11 @@ inline void check_width(int64_t width) {
                                 std::to_string(width));
 }
 
+// ``what`` ends with the verb: "row 3 of the scores holds".
+inline std::invalid_argument not_a_number(const std::string& what) {
+  return std::invalid_argument(what + " NaN; look for NaN or infinity in the images or the weights");
+}
+
 // Block number of each token; prefix tokens lie in an extra last block.
 inline std::vector<int32_t> block_of_token(const BlockGrid& grid) {
   std::vector<int32_t> block(grid.prefix, static_cast<int32_t>(grid.blocks()));

@@ -57,8 +57,7 @@ inline ScoreTask task_of(const TileKeys& p, int64_t head, int64_t start, int64_t
 }
 
 inline std::invalid_argument not_a_number(int64_t tile) {
-  return std::invalid_argument("the scores of tile " + std::to_string(tile) +
-                               " or a neighbour hold NaN; look for NaN or infinity in the images or the weights");
+  return not_a_number("the scores of tile " + std::to_string(tile) + " or a neighbour hold");
 }
 
 }  // namespace sparsifiner

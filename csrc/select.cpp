@@ -27,8 +27,7 @@ void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_
     for (int64_t row = item * group; row < std::min(rows, (item + 1) * group); ++row) {
       const void* from = static_cast<const char*>(scores) + element_size(dtype) * row * row_stride;
       if (!kernel.topk(from, dtype, columns, k, offset, indices + row * out_stride, memory))
-        throw std::invalid_argument("top-k: row " + std::to_string(row) +
-                                    " of the scores holds NaN; look for NaN or infinity in the images or the weights");
+        throw not_a_number("top-k: row " + std::to_string(row) + " of the scores holds");
     }
   });
 }

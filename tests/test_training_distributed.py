@@ -19,14 +19,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
-def train_by_two(recipe, output):
-    """Each takes half of the recipe's batch of eight."""
+def run_by_two(*command):
     # accelerate's own launcher starts one process only on a CPU; it takes the environment of torch's.
-    launch = f"""-m torch.distributed.run --standalone --nproc_per_node 2 -m sparsifiner.cli train
-        --recipe {recipe} --cpu --output {output} batch_size=4"""
-    done = subprocess.run([sys.executable, *launch.split()], capture_output=True, text=True, timeout=240)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def train_by_two(recipe, output):
+    """Each takes half of the recipe's batch of eight."""
+    command = f"-m sparsifiner.cli train --recipe {recipe} --cpu --output {output} batch_size=4"
+    return run_by_two(*command.split())
 
 
 def test_two_processes_take_the_same_step_as_one(folder_of_images, tmp_path):
@@ -81,10 +85,8 @@ def test_processes_that_find_different_checkpoints_do_not_go_on(folder_of_images
         "except ValueError as error:\n"
         "    print(error)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-               tmp_path / "recipe.yaml", tmp_path / "disk"]  # fmt: skip
-    first, again = (subprocess.run(command, capture_output=True, text=True, timeout=240) for _ in range(2))
-    assert (first.returncode, first.stdout) == (0, "")
+    first, again = (run_by_two(script, tmp_path / "recipe.yaml", tmp_path / "disk") for _ in range(2))
+    assert first.stdout == ""
     assert (tmp_path / "disk0" / "checkpoint.pt").exists()
     assert not (tmp_path / "disk1" / "checkpoint.pt").exists()
     assert again.stdout.count("the output folder must be one that all nodes share") == 2, again.stderr

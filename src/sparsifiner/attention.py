@@ -178,8 +178,8 @@ class SparseAttention(nn.Module):
         ``dense_below`` left to us: a thumbnail, or a strip one patch high."""
         if self.training or self.config.dense_below is not None:
             return False
-        rectangles = (self.config.query_tile, self.config.tail or (1, 1))
-        return any(side < least for sides in rectangles for side, least in zip(self.grid.shape, sides, strict=True))
+        rows, columns = self.grid.shape
+        return any(rows < height or columns < width for height, width in self.config.rectangles)
 
     def _observe(
         self, connectivity: Connectivity | None, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None

@@ -70,7 +70,7 @@ class SparsifinerConfig:
         dense_below: in evaluation mode, inputs of fewer tokens run attention dense, with the same weights. None:
             wherever sparse attention is expected to be slower than dense (see ``sparsifiner benchmark``), which on
             a GPU it always is; 0: never, for experiments about accuracy. Training and the ``oracle`` are always
-            sparse with None.
+            sparse with None, but for the oracle on a patch grid that is smaller than a tile or a block of the tail.
 
     Raises:
         ValueError: if a setting is out of range; the message says what was expected.
@@ -154,6 +154,11 @@ class SparsifinerConfig:
     def replace(self, **changes: Any) -> SparsifinerConfig:
         """A copy with some settings changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def rectangles(self) -> tuple[tuple[int, int], ...]:
+        """What the patch grid must have room for: a query tile and a block of the tail."""
+        return (self.query_tile,) if self.tail is None else (self.query_tile, self.tail)
 
     def for_layer(self, layer: int, num_layers: int) -> SparsifinerConfig:
         """The settings of one converted layer: its own keep rate where there is one per layer."""

@@ -15,7 +15,7 @@ from .adapters import find_adapter
 from .adapters.refused import CHEAP
 from .attention import SparseAttention
 from .config import SparsifinerConfig
-from .grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
+from .grid import drop_unused_grids, find_grid, follow_grid
 from .tiling import Tiling
 
 
@@ -96,7 +96,7 @@ def sparsify(
     swapped = []
     for number, (name, owner) in enumerate(owners.items()):
         dense, layer_config = model.get_submodule(name), config.for_layer(number, len(owners))
-        _check_fit(grids[owner], layer_config)
+        check_fit(grids[owner].shape, layer_config)
         adapter = find_adapter(dense)
         assert isinstance(adapter, type)
         layers[name] = adapter(dense, layer_config, grids[owner])
@@ -217,11 +217,10 @@ def _owner(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _check_fit(grid: PatchGrid, config: SparsifinerConfig) -> None:
-    """Refuse settings whose tiles or tail blocks are larger than the model's own patch grid."""
-    for rectangle in (config.query_tile, config.tail):
-        if rectangle is not None:
-            Tiling(grid.shape, rectangle, grid.num_prefix_tokens)
+def check_fit(grid: tuple[int, int], config: SparsifinerConfig) -> None:
+    """Refuse settings whose tiles or tail blocks are larger than the patch grid, rows and columns."""
+    for rectangle in config.rectangles:
+        Tiling(grid, rectangle)
 
 
 def _nothing_to_convert(model: nn.Module, left: list[Left]) -> str:

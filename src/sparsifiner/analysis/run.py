@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
-from ..convert import conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
+from ..convert import check_fit, conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
 from ..grid import check_size
 from ..models import load_model
 from ..progress import Progress
-from ..tiling import Tiling
 from .crossover import NEVER_WITH_BIAS, BreakEven, break_even
 from .fidelity import measure_fidelity
 from .flops import FlopReport, count_flops
@@ -242,9 +241,7 @@ def _check_sizes(dense: nn.Module, sparse: nn.Module, sizes: tuple[tuple[int, in
     for size in sizes:
         check_size(size, patch)
         for layer in sparse_layers(sparse).values():
-            for rectangle in (layer.config.query_tile, layer.config.tail):
-                if rectangle is not None:
-                    Tiling((size[0] // patch[0], size[1] // patch[1]), rectangle)
+            check_fit((size[0] // patch[0], size[1] // patch[1]), layer.config)
 
 
 def _rates_of(sparse: nn.Module) -> float | tuple[float, ...]:

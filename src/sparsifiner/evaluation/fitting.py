@@ -98,8 +98,8 @@ class CellModels:
         model = self._converted(cell)
         if cell.stage == "fine-tuned":
             check_phases(model, self._recipe(cell)[0])
-        if cell.stage == "fine-tuned" and cell.learns_predictor:
-            self._check_fit(dataclasses.replace(cell, stage="calibrated"), None)
+            if cell.learns_predictor:
+                self._check_fit(dataclasses.replace(cell, stage="calibrated"), None)
         if cell.stage != "training-free":
             self._check_fit(cell, row)
 

@@ -33,8 +33,8 @@ def check_phases(student: nn.Module, config: TrainConfig) -> None:
                 )
             _trainable(student, phase.train or "all")
             if phase.keep_rate is not None:
-                for number, layer in enumerate(layers):
-                    layer.config.replace(keep_rate=phase.keep_rate).for_layer(number, len(layers))
+                for layer_number, layer in enumerate(layers):
+                    layer.config.replace(keep_rate=phase.keep_rate).for_layer(layer_number, len(layers))
         except ValueError as error:
             raise ValueError(f"phase {phase.name}: {error}") from error
 
