@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from sparsifiner import SparsifinerConfig, calibrate, sparsify
-from sparsifiner.analysis.images import SUFFIXES
-from sparsifiner.files import write_atomically
+from sparsifiner._utils.files import write_atomically
+from sparsifiner._utils.photos import SUFFIXES
 from sparsifiner.models import load_model
 
 LOWRANK = dict(predictor="lowrank")

@@ -25,10 +25,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from sparsifiner import SparsifinerConfig, calibrate, sparsify
-from sparsifiner.analysis.fidelity import final_features
-from sparsifiner.analysis.images import preprocess
-from sparsifiner.analysis.latency import compare_latency
-from sparsifiner.files import write_atomically
+from sparsifiner._utils.files import write_atomically
+from sparsifiner._utils.photos import preprocess
+from sparsifiner.measure.fidelity import final_features
+from sparsifiner.measure.latency import compare_latency
 from sparsifiner.models import load_model
 
 SIZE, CLASSES, VOID = (504, 672), 11, 11

@@ -20,10 +20,10 @@ import numpy
 from scipy.optimize import nnls
 
 from sparsifiner import SparsifinerConfig, Tiling
-from sparsifiner.analysis.benchmark import measure_operator
+from sparsifiner._utils.files import write_atomically
+from sparsifiner.attention.cost import MARGIN
 from sparsifiner.config import num_kept
-from sparsifiner.cost import MARGIN
-from sparsifiner.files import write_atomically
+from sparsifiner.measure.benchmark import measure_operator
 from sparsifiner.predictors import build_predictor
 
 HEAD_DIM = 64

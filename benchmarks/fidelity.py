@@ -19,10 +19,10 @@ import torch
 from rich.progress import track
 
 from sparsifiner import SparsifinerConfig, sparsify
-from sparsifiner.analysis.fidelity import measure_fidelity
-from sparsifiner.analysis.images import load_photos, preprocess
+from sparsifiner._utils.files import write_atomically
+from sparsifiner._utils.photos import load_photos, preprocess
 from sparsifiner.convert import always_sparse
-from sparsifiner.files import write_atomically
+from sparsifiner.measure.fidelity import measure_fidelity
 from sparsifiner.models import load_model
 
 SETTINGS = {

@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from sparsifiner.files import write_atomically
+from sparsifiner._utils.files import write_atomically
 
 COLOURS = {0.05: "#1b7837", 0.1: "#2166ac", 0.25: "#b2182b"}
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparsifiner._utils.files import write_atomically
 from sparsifiner.convert import always_sparse
-from sparsifiner.files import write_atomically
 from sparsifiner.methods import convert_with
 from sparsifiner.models import load_model
 

@@ -20,12 +20,13 @@ from typing import Any
 import timm
 import torch
 
-from sparsifiner import SparsifinerConfig, cpu, sparsify
-from sparsifiner.analysis.benchmark import Measured, compile_ahead, measure_model, measure_operator
-from sparsifiner.analysis.latency import interleave_all
-from sparsifiner.analysis.memory import measure_memory
-from sparsifiner.analysis.report import this_machine
-from sparsifiner.files import write_atomically
+from sparsifiner import SparsifinerConfig, sparsify
+from sparsifiner._utils.files import write_atomically
+from sparsifiner.measure.benchmark import Measured, compile_ahead, measure_model, measure_operator
+from sparsifiner.measure.latency import interleave_all
+from sparsifiner.measure.memory import measure_memory
+from sparsifiner.ops import cpu
+from sparsifiner.report.contents import this_machine
 
 ALWAYS = SparsifinerConfig(keep_rate=0.1, dense_below=0)
 SMALL = "vit_small_patch16_224"

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from sparsifiner import SparsifinerConfig, count_flops, prune_tokens, sparsify
-from sparsifiner.analysis.latency import compare_latency
-from sparsifiner.files import write_atomically
+from sparsifiner._utils.files import write_atomically
+from sparsifiner.measure.latency import compare_latency
 from sparsifiner.methods import METHODS
 
 Convert = Callable[[nn.Module], nn.Module]

@@ -19,8 +19,8 @@ import timm
 import torch
 from torch import nn
 
-from sparsifiner.analysis.latency import interleave_all
-from sparsifiner.files import write_atomically
+from sparsifiner._utils.files import write_atomically
+from sparsifiner.measure.latency import interleave_all
 from sparsifiner.methods import convert_with
 
 CASES = (("dense", 1.0), ("sparsifiner", 0.25), ("sparsifiner", 0.1), ("paper", 0.25), ("paper", 0.1), ("evit", 0.7))

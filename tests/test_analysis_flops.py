@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig, sparse_attention
-from sparsifiner.analysis import count_flops
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.tail import group_keys
-from sparsifiner.tiling import Tiling
+from sparsifiner.geometry.tiling import Tiling
+from sparsifiner.measure import count_flops
+from sparsifiner.ops.connectivity import Connectivity
+from sparsifiner.ops.tail import group_keys
 
 PUBLISHED = {1.0: 431, 0.9: 396.8, 0.8: 360.6, 0.7: 324.6, 0.6: 290.3, 0.5: 254.2, 0.4: 218.0}
 PUBLISHED |= {0.3: 183.6, 0.2: 147.5, 0.1: 111.4, 0.05: 93.3, 0.01: 78.9}

@@ -15,10 +15,10 @@ from PIL import Image
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
-from sparsifiner.analysis.images import as_rgb, bundled_photos, crop, load_photos, preprocess
-from sparsifiner.analysis.maps import attention_maps
-from sparsifiner.analysis.pictures import draw_maps
-from sparsifiner.grid import check_size
+from sparsifiner._utils.photos import as_rgb, bundled_photos, crop, load_photos, preprocess
+from sparsifiner.geometry.patch_grid import check_size
+from sparsifiner.report.maps import attention_maps
+from sparsifiner.report.pictures import draw_maps
 from sparsifiner.training.sources import FolderSource, HuggingFaceSource, TorchvisionSource
 
 

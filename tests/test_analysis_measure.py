@@ -11,9 +11,9 @@ import torch
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
-from sparsifiner.analysis import BreakEven, Timings, break_even, interleave, measure_fidelity, measure_memory
-from sparsifiner.analysis.accuracy import paired_drop
-from sparsifiner.analysis.crossover import BreakEvenPoint
+from sparsifiner.measure import BreakEven, Timings, break_even, interleave, measure_fidelity, measure_memory
+from sparsifiner.measure.accuracy import paired_drop
+from sparsifiner.measure.crossover import BreakEvenPoint
 
 
 def pair(name="vit_tiny_patch16_224", **settings):
@@ -89,7 +89,7 @@ def test_break_even_is_the_smallest_size_from_which_sparse_wins(monkeypatch, cro
         count = 1 + side**2
         return BreakEvenPoint(count, side * 16, dense_s=1.0, sparse_s=0.5 if count >= crossing else 2.0)
 
-    monkeypatch.setattr("sparsifiner.analysis.crossover._measure_layer", measured)
+    monkeypatch.setattr("sparsifiner.measure.crossover._measure_layer", measured)
     found = break_even(pair()[1], max_tokens=1024)
     assert found.num_tokens == tokens
     assert found.reached == (tokens is not None)

@@ -14,11 +14,11 @@ from timm.layers.attention import Attention
 
 import sparsifiner
 from sparsifiner import sparsify
-from sparsifiner.baselines import linformer, merge_tokens
-from sparsifiner.baselines.linformer import average_pooling
-from sparsifiner.baselines.tome import MergingBlock, match_tokens, merge_matched
-from sparsifiner.grid import PatchGrid
+from sparsifiner.geometry.patch_grid import PatchGrid
 from sparsifiner.methods import METHODS, convert_with
+from sparsifiner.reduction import linformer, merge_tokens
+from sparsifiner.reduction.linformer import average_pooling
+from sparsifiner.reduction.merging import MergingBlock, match_tokens, merge_matched
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ALWAYS_PRUNES = ("paper-evit", "sparsifiner-evit")

@@ -18,7 +18,7 @@ from torch import nn
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig, calibrate, from_pretrained, save_pretrained, sparse_layers, sparsify
-from sparsifiner.analysis.images import bundled_photos, preprocess
+from sparsifiner._utils.photos import bundled_photos, preprocess
 from sparsifiner.calibration import fit as module
 from sparsifiner.calibration.budget import allocate
 from sparsifiner.calibration.state import State
@@ -26,7 +26,7 @@ from sparsifiner.calibration.tail import OFFSETS, best_offsets
 from sparsifiner.cli import main
 from sparsifiner.config import num_kept
 from sparsifiner.models import load_model
-from sparsifiner.tokens import prune_tokens
+from sparsifiner.reduction.pruning import prune_tokens
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
 TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sparsifiner import SparsifinerConfig
 from sparsifiner.calibration import spectral
 from sparsifiner.calibration.reconstruction import reconstruction_loss
+from sparsifiner.geometry.tiling import Tiling
 from sparsifiner.predictors import LowRankPredictor
-from sparsifiner.tiling import Tiling
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
 TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)

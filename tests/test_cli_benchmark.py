@@ -7,8 +7,8 @@ import json
 import pytest
 
 from sparsifiner import SparsifinerConfig
-from sparsifiner.analysis.benchmark import Measured, measure_operator
 from sparsifiner.cli import main
+from sparsifiner.measure.benchmark import Measured, measure_operator
 
 QUICK = ["--img-size", "112", "--tokens", "144", "--keep-rate", "0.25", "--repeats", "1", "--max-tokens", "256"]
 

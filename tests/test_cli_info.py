@@ -7,8 +7,8 @@ import json
 import pytest
 from huggingface_hub.utils import logging
 
-from sparsifiner import cpu
 from sparsifiner.cli import main
+from sparsifiner.ops import cpu
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
-from sparsifiner.analysis import run
 from sparsifiner.cli import main
 from sparsifiner.cli.console import say
+from sparsifiner.report import run
 
 QUICK = ["--repeats", "1", "--max-tokens", "400", "--no-memory", "--num-pictures", "1"]
 
@@ -140,7 +140,7 @@ def test_layers_with_a_bias_have_no_break_even(cli, tmp_path):
 
 
 def test_layers_of_which_some_run_dense_are_reported(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsifiner.attention.sparse_pays", lambda config, *arguments: config.keep_rate < 0.2)
+    monkeypatch.setattr("sparsifiner.attention.layer.sparse_pays", lambda config, *arguments: config.keep_rate < 0.2)
     dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=0).eval()
     sparsifiner.save_pretrained(sparsifiner.sparsify(dense, keep_rate=(0.5, 0.1, 0.5)), tmp_path / "saved")
     code, out, err = cli(

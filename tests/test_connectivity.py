@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner import Connectivity, Tiling
-from sparsifiner.pooling import count_unkept
-from sparsifiner.tail import group_keys
+from sparsifiner.ops.pooling import count_unkept
+from sparsifiner.ops.tail import group_keys
 
 CPU = torch.device("cpu")
 tilings = st.builds(

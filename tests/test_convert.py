@@ -34,7 +34,7 @@ def test_the_original_stays_dense_and_untouched(tiny_vit, images) -> None:
         for parameter in sparse.parameters():
             parameter.zero_()
         assert torch.equal(model(x), want)
-    assert not any(isinstance(module, sparsifiner.attention.SparseAttention) for module in model.modules())
+    assert not any(isinstance(module, sparsifiner.attention.layer.SparseAttention) for module in model.modules())
 
 
 def test_in_place_converts_the_model_itself(tiny_vit) -> None:

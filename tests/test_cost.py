@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsifiner
-from sparsifiner import SparsifinerConfig, Tiling, cpu, record
-from sparsifiner.analysis.flops import count_flops
-from sparsifiner.cost import predicted_share, sparse_pays
+from sparsifiner import SparsifinerConfig, Tiling, record
+from sparsifiner.attention.cost import predicted_share, sparse_pays
+from sparsifiner.measure.flops import count_flops
+from sparsifiner.ops import cpu
 from sparsifiner.predictors import build_predictor
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sparsifiner import SparsifinerConfig, sparsify
-from sparsifiner.analysis.fidelity import measure_fidelity
-from sparsifiner.analysis.images import bundled_photos, preprocess
+from sparsifiner._utils.photos import bundled_photos, preprocess
+from sparsifiner.measure.fidelity import measure_fidelity
 from sparsifiner.models import load_model
 
 PHOTOS = 3

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sparsifiner._utils.files import check_writable, replacing
 from sparsifiner.calibration.state import State
-from sparsifiner.files import check_writable, replacing
 from sparsifiner.training.checkpoint import Checkpoint, save_checkpoint
 
 

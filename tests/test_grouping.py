@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparsifiner
-from sparsifiner import Connectivity, SparsifinerConfig, Tiling, cpu, sparse_attention
+from sparsifiner import Connectivity, SparsifinerConfig, Tiling, sparse_attention
 from sparsifiner.convert import always_sparse
-from sparsifiner.grouping import blocks_around, group_patches, grouping_macs, pool_groups
-from sparsifiner.pooling import count_unkept
-from sparsifiner.tail import group_keys, tail_groups
+from sparsifiner.ops import cpu
+from sparsifiner.ops.grouping import blocks_around, group_patches, grouping_macs, pool_groups
+from sparsifiner.ops.pooling import count_unkept
+from sparsifiner.ops.tail import group_keys, tail_groups
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_log_counts_of_groups(native: bool, monkeypatch: pytest.MonkeyPatch) -> 
     left = (1 - listed[..., 2:]) @ F.one_hot(groups.member.long(), groups.blocks.num_tiles).float()
     torch.testing.assert_close(counts, left)
     with pytest.raises(ValueError, match="member must"):
-        sparsifiner.pooling.native_count_unkept(indices, None, groups.member[:, :2], 9, 10, 3, 4, 2)
+        sparsifiner.ops.pooling.native_count_unkept(indices, None, groups.member[:, :2], 9, 10, 3, 4, 2)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -198,8 +199,8 @@ def test_layers_with_an_attention_bias_pool_whole_blocks() -> None:
 
 def test_regrouping_brings_a_real_model_closer() -> None:
     # The built-in model on a bundled photograph: a quarter less error at the same number of keys.
-    from sparsifiner.analysis.fidelity import compare_features, final_features
-    from sparsifiner.analysis.images import bundled_photos, preprocess
+    from sparsifiner._utils.photos import bundled_photos, preprocess
+    from sparsifiner.measure.fidelity import compare_features, final_features
     from sparsifiner.models import load_model
 
     model = load_model("builtin", img_size=(336, 336))

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsifiner import Connectivity, Tail, Tiling, cpu, sparse_attention
-from sparsifiner.ops import choose_backend, why_not
-from sparsifiner.pooling import count_unkept
-from sparsifiner.selection import top_keys
-from sparsifiner.tail import group_keys
+from sparsifiner import Connectivity, Tail, Tiling, sparse_attention
+from sparsifiner.ops import choose_backend, cpu, why_not
+from sparsifiner.ops.pooling import count_unkept
+from sparsifiner.ops.selection import top_keys
+from sparsifiner.ops.tail import group_keys
 
 pytestmark = [
     pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing())),

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_choice import choose_by_torch
 
-from sparsifiner import SparsifinerConfig, Tiling, cpu
-from sparsifiner.pooling import pool_blocks
+from sparsifiner import SparsifinerConfig, Tiling
+from sparsifiner.ops import cpu
+from sparsifiner.ops.pooling import pool_blocks
+from sparsifiner.ops.selection import native_group_queries, native_tile_keys, native_topk
+from sparsifiner.ops.tail import group_keys
 from sparsifiner.predictors import PooledPredictor, build_predictor
-from sparsifiner.selection import native_group_queries, native_tile_keys, native_topk
-from sparsifiner.tail import group_keys
 
 pytestmark = [
     pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing())),

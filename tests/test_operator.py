@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner import Connectivity, Tail, Tiling, sparse_attention
 from sparsifiner.ops import BACKENDS, chunks, why_not
-from sparsifiner.tail import group_keys
+from sparsifiner.ops.tail import group_keys
 
 FAST = [name for name in BACKENDS if name != "reference"]
 
@@ -333,7 +333,7 @@ def test_16384_tokens_stay_under_4_gigabytes() -> None:
     script = """
         import torch
         from sparsifiner import SparsifinerConfig, Tiling, sparse_attention
-        from sparsifiner.tail import group_keys
+        from sparsifiner.ops.tail import group_keys
         from sparsifiner.predictors import build_predictor
         q, k, v = torch.randn(3, 1, 6, 16384, 64).unbind(0)
         tiling = Tiling((128, 128), (4, 4))

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from sweep_recipes import PHASES, RECIPE, TINY
 
 from sparsifiner import from_pretrained
-from sparsifiner.baselines import baseline_settings
 from sparsifiner.cli import main
 from sparsifiner.evaluation import Cell, Row, Sweep, run_sweep, validate
 from sparsifiner.evaluation.cell import DENSE
@@ -24,6 +23,7 @@ from sparsifiner.evaluation.figure import draw_pareto
 from sparsifiner.evaluation.results import load_rows
 from sparsifiner.methods import METHODS, convert_with
 from sparsifiner.models import load_model
+from sparsifiner.reduction import baseline_settings
 from sparsifiner.saving import save_pretrained
 from sparsifiner.training import DataConfig, train
 from sparsifiner.training.recipe_file import from_dict

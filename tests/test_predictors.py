@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from sparsifiner import SparsifinerConfig, Tiling
 from sparsifiner.config import num_kept
+from sparsifiner.ops.tail import group_keys
 from sparsifiner.predictors import LowRankPredictor, OraclePredictor, base, build_predictor
-from sparsifiner.tail import group_keys
 
 NAMES = ["pooled", "lowrank", "oracle", "local", "strided", "random"]
 

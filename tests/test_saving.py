@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import vit_tiny_patch16_224
 
 from sparsifiner import SparsifinerConfig, from_pretrained, save_pretrained, sparsify
-from sparsifiner.digest import digest
+from sparsifiner._utils.digest import digest
 from sparsifiner.models import load_model
 from sparsifiner.saving import CONFIG_NAME, WEIGHTS_NAME
 

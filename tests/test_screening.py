@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch_choice import choose_by_torch
 
-from sparsifiner import SparsifinerConfig, Tiling, cpu, sparsify
-from sparsifiner.analysis.fidelity import measure_fidelity
-from sparsifiner.analysis.images import bundled_photos, preprocess
+from sparsifiner import SparsifinerConfig, Tiling, sparsify
+from sparsifiner._utils.photos import bundled_photos, preprocess
+from sparsifiner.measure.fidelity import measure_fidelity
 from sparsifiner.models import load_model
+from sparsifiner.ops import cpu
 from sparsifiner.predictors import PooledPredictor, build_predictor
 from sparsifiner.predictors.screening import num_screened_blocks
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sparsifiner import SparsifinerConfig, prune_tokens, sparsify
-from sparsifiner.subset import z_order
-from sparsifiner.tiling import Tiling
+from sparsifiner.geometry.subset import z_order
+from sparsifiner.geometry.tiling import Tiling
 
 CPU = torch.device("cpu")
 

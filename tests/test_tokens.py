@@ -18,16 +18,16 @@ from torch import Tensor
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig, densify, kept_patches, prune_tokens, sparsify, unprune_tokens
-from sparsifiner.adapters.scored import class_scores
-from sparsifiner.analysis.fidelity import measure_fidelity
-from sparsifiner.analysis.maps import attention_maps
-from sparsifiner.baselines import merge_tokens
+from sparsifiner.attention.adapters.scored import class_scores
 from sparsifiner.config import num_kept
-from sparsifiner.grid import PatchGrid
+from sparsifiner.geometry.patch_grid import PatchGrid
+from sparsifiner.geometry.subset import SubsetTiling, z_order
+from sparsifiner.measure.fidelity import measure_fidelity
 from sparsifiner.models import from_reference
-from sparsifiner.pooling import count_unkept
-from sparsifiner.subset import SubsetTiling, z_order
-from sparsifiner.tokens import PruningBlock, is_pruned
+from sparsifiner.ops.pooling import count_unkept
+from sparsifiner.reduction import merge_tokens
+from sparsifiner.reduction.pruning import PruningBlock, is_pruned
+from sparsifiner.report.maps import attention_maps
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.3, n_down=6)
 TILES = SparsifinerConfig(keep_rate=0.2, dense_below=0)

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
+from sparsifiner.geometry.subset import SubsetTiling
+from sparsifiner.geometry.tiling import Tiling
 from sparsifiner.predictors import build_predictor
-from sparsifiner.subset import SubsetTiling
-from sparsifiner.tiling import Tiling
 from sparsifiner.training import losses
 from sparsifiner.training.objective import Objective
 from sparsifiner.training.phases import enter_phase

@@ -12,9 +12,9 @@ from conftest import lively
 from torch import nn
 
 from sparsifiner import SparsifinerConfig, kept_patches, prune_tokens, sparsify
-from sparsifiner.blocks import reduces_tokens
 from sparsifiner.methods import convert_with
 from sparsifiner.models import load_model
+from sparsifiner.reduction.blocks import reduces_tokens
 from sparsifiner.training import train
 from sparsifiner.training.objective import Objective
 from sparsifiner.training.phases import enter_phase

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsifiner import SparsifinerConfig, count_flops, sparse_layers, sparsify
-from sparsifiner.analysis.accuracy import Batch, count_correct, paired_drop, wilson_interval
 from sparsifiner.cli import main
 from sparsifiner.convert import always_sparse
 from sparsifiner.evaluation import validate
+from sparsifiner.measure.accuracy import Batch, count_correct, paired_drop, wilson_interval
 from sparsifiner.methods import convert_with
 from sparsifiner.training import DataConfig
 from sparsifiner.training.student import save_model

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from sparsifiner import Connectivity, Tiling
+from sparsifiner.ops.tail import tail_groups
 from sparsifiner.predictors import Predictor
-from sparsifiner.tail import tail_groups
 
 
 def choose_by_torch(

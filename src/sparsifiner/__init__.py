@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from . import methods, models
-from .analysis.flops import count_flops
 from .config import SparsifinerConfig
-from .connectivity import Connectivity
 from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
+from .geometry.tiling import Tiling
+from .measure.flops import count_flops
 from .ops import sparse_attention
+from .ops.connectivity import Connectivity
+from .ops.tail import Tail
 from .recording import record
+from .reduction.pruning import kept_patches, prune_tokens, token_pruning, unprune_tokens
 from .saving import from_pretrained, save_pretrained
-from .tail import Tail
-from .tiling import Tiling
-from .tokens import kept_patches, prune_tokens, token_pruning, unprune_tokens
 
 if TYPE_CHECKING:
     from .calibration import calibrate

@@ -11,9 +11,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .checks import choose, flag, number
-from .messages import one_line
-from .yaml12 import load_yaml
+from ._utils.checks import choose, flag, number
+from ._utils.messages import one_line
+from ._utils.yaml12 import load_yaml
+from .errors import SparsifinerError
 
 PredictorName = Literal["pooled", "lowrank", "oracle", "local", "strided", "random"]
 PREDICTORS: tuple[str, ...] = get_args(PredictorName)
@@ -105,7 +106,7 @@ class SparsifinerConfig:
         if isinstance(rates, Sequence) and not isinstance(rates, str):
             object.__setattr__(self, "keep_rate", tuple(check_keep_rate(rate) for rate in rates))
             if not rates:
-                raise ValueError("keep_rate is an empty list; give one rate, or one per layer")
+                raise SparsifinerError("keep_rate is an empty list; give one rate, or one per layer")
         else:
             object.__setattr__(self, "keep_rate", check_keep_rate(rates))
         choose("predictor", self.predictor, PREDICTORS)
@@ -116,12 +117,14 @@ class SparsifinerConfig:
             if value is not None or name != "tail":
                 object.__setattr__(self, name, _pair(name, value))
         if self.tail_offset and self.tail is None:
-            raise ValueError("tail_offset needs a tail; set tail to the rows and columns of a block, such as (4, 4)")
+            raise SparsifinerError(
+                "tail_offset needs a tail; set tail to the rows and columns of a block, such as (4, 4)"
+            )
         choose("reduction", self.reduction, get_args(Reduction))
         for name in ("reduce_n_factor", "reduce_c_factor", "n_down", "coef_topk"):
             number(name, getattr(self, name), least=1, whole=True, optional=name in ("n_down", "coef_topk"))
         if self.coef_topk is not None and self.coef_threshold is not None:
-            raise ValueError("coef_topk and coef_threshold exclude each other; set one of them to None")
+            raise SparsifinerError("coef_topk and coef_threshold exclude each other; set one of them to None")
         for name in ("query_refine", "tail_refine", "dense_below", "screen_from"):
             number(name, getattr(self, name), least=0, whole=True, optional=name in ("dense_below", "screen_from"))
         number("seed", self.seed, whole=True)
@@ -130,12 +133,12 @@ class SparsifinerConfig:
         if self.scale not in ("head_dim", "num_heads"):
             number("scale (head_dim, num_heads or a number)", self.scale, above=0)
         if self.score_threshold is not None and self.predictor != "lowrank":
-            raise ValueError(
+            raise SparsifinerError(
                 f"score_threshold needs predictor='lowrank', whose scores have an absolute meaning; "
                 f"predictor {self.predictor!r} keeps the top keep_rate"
             )
         if self.attn_recon and self.predictor != "lowrank":
-            raise ValueError(f"attn_recon needs predictor='lowrank', got {self.predictor!r}")
+            raise SparsifinerError(f"attn_recon needs predictor='lowrank', got {self.predictor!r}")
 
     @classmethod
     def paper(cls, keep_rate: float | tuple[float, ...] = 0.25, **changes: Any) -> SparsifinerConfig:
@@ -165,7 +168,7 @@ class SparsifinerConfig:
         if isinstance(self.keep_rate, float):
             return self
         if len(self.keep_rate) != num_layers:
-            raise ValueError(
+            raise SparsifinerError(
                 f"keep_rate has {len(self.keep_rate)} entries but {num_layers} layers are converted; "
                 f"give one rate, or exactly {num_layers}"
             )
@@ -194,15 +197,15 @@ class SparsifinerConfig:
             text = path.read_text()
             settings = json.loads(text) if path.suffix == ".json" else load_yaml(text)
         except OSError as error:
-            raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+            raise SparsifinerError(f"cannot read the configuration {path}: {error.strerror}") from error
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is not valid YAML or JSON: {one_line(error)}") from error
+            raise SparsifinerError(f"{path} is not valid YAML or JSON: {one_line(error)}") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {settings!r}")
+            raise SparsifinerError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {settings!r}")
         try:
             return cls.from_settings(settings)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise SparsifinerError(f"{path}: {error}") from error
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> SparsifinerConfig:
@@ -218,7 +221,7 @@ def check_keep_rate(value: object) -> float:
     """``value`` as a float in (0, 1], or a ValueError that says what was expected."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
-        raise ValueError(f"keep_rate must lie in (0, 1], got {value!r}; 0.1 keeps a tenth of the keys")
+        raise SparsifinerError(f"keep_rate must lie in (0, 1], got {value!r}; 0.1 keeps a tenth of the keys")
     return float(value)
 
 
@@ -238,4 +241,4 @@ def _plain(value: Any) -> Any:
 def _pair(name: str, value: object) -> tuple[int, int]:
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int) and v >= 1 for v in value):
         return (value[0], value[1])
-    raise ValueError(f"{name} must be two whole numbers of at least 1, rows and columns, got {value!r}")
+    raise SparsifinerError(f"{name} must be two whole numbers of at least 1, rows and columns, got {value!r}")

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .adapters import find_adapter
-from .adapters.refused import CHEAP
-from .attention import SparseAttention
+from .attention.adapters import find_adapter
+from .attention.adapters.refused import CHEAP
+from .attention.layer import SparseAttention
 from .config import SparsifinerConfig
-from .grid import drop_unused_grids, find_grid, follow_grid
-from .tiling import Tiling
+from .errors import SparsifinerError
+from .geometry.patch_grid import drop_unused_grids, find_grid, follow_grid
+from .geometry.tiling import Tiling
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def sparsify(
     if config is None:
         config = SparsifinerConfig()
     elif not isinstance(config, SparsifinerConfig):
-        raise ValueError(
+        raise SparsifinerError(
             f"config must be a SparsifinerConfig, got {type(config).__name__}; "
             f"use keep_rate=0.1 or SparsifinerConfig(keep_rate=0.1)"
         )
@@ -89,7 +90,7 @@ def sparsify(
         model = copy.deepcopy(model)
     owners, left = _survey(model)
     if not owners:
-        raise ValueError(_nothing_to_convert(model, left))
+        raise SparsifinerError(_nothing_to_convert(model, left))
     grids = {owner: follow_grid(model.get_submodule(owner)) for owner in set(owners.values())}
     # Every layer is built before the first is swapped, so that a failure leaves the model as it was.
     layers: dict[str, SparseAttention] = {}
@@ -137,7 +138,7 @@ def conversion(model: nn.Module) -> Conversion:
     """What :func:`sparsify` swapped in ``model``, and what it left and why."""
     record = getattr(model, "_sparsifiner_conversion", None)
     if record is None:
-        raise ValueError(f"{type(model).__name__} is not the result of sparsify()")
+        raise SparsifinerError(f"{type(model).__name__} is not the result of sparsify()")
     return record
 
 
@@ -149,7 +150,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
     """
     layers = find_sparse_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no sparse attention layer; call sparsify(model) first")
+        raise SparsifinerError(f"{type(model).__name__} has no sparse attention layer; call sparsify(model) first")
     return layers
 
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from .baselines import linformer, merge_tokens
-from .checks import choose
+from ._utils.checks import choose
 from .config import PredictorName, SparsifinerConfig, check_keep_rate
 from .convert import sparsify
-from .grid import follow_grid
-from .tokens import prune_tokens
+from .geometry.patch_grid import follow_grid
+from .reduction import linformer, merge_tokens
+from .reduction.pruning import prune_tokens
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .attention import LayerRecord, SparseAttention
+from .attention.layer import LayerRecord, SparseAttention
 from .config import SparsifinerConfig
 from .convert import sparse_layers, sparsify
 

@@ -15,16 +15,17 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .attention import SparseAttention
-from .baselines import apply_baseline, baseline_parameters, baseline_settings
+from ._utils.digest import state_digest
+from ._utils.files import replacing, write_atomically
+from ._utils.messages import one_line
+from .attention.layer import SparseAttention
 from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
-from .digest import state_digest
-from .files import replacing, write_atomically
-from .grid import check_image_size
-from .messages import one_line
+from .errors import SparsifinerError
+from .geometry.patch_grid import check_image_size
 from .predictors import LowRankPredictor
-from .tokens import TokenPruning, is_pruned, prune_tokens, token_pruning
+from .reduction import apply_baseline, baseline_parameters, baseline_settings
+from .reduction.pruning import TokenPruning, is_pruned, prune_tokens, token_pruning
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -66,7 +67,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     """
     layers, pruning, baseline = converted = _conversions(model)
     if not any(converted):
-        raise ValueError(f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first")
+        raise SparsifinerError(
+            f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first"
+        )
     architecture = _architecture(model)
     arguments = _model_args(model, model_args)
     dtype = _dtype(model)
@@ -119,7 +122,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
     settings = _read_settings(folder)
     weights = _read_weights(folder / WEIGHTS_NAME)
     if settings.get("weights_fingerprint") not in (None, state_digest(weights)):
-        raise ValueError(
+        raise SparsifinerError(
             f"{folder / WEIGHTS_NAME} does not belong to the {CONFIG_NAME} beside it: a save was interrupted, or one "
             f"file was changed alone; save the model again"
         )
@@ -128,12 +131,12 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
     try:
         model = _create(settings["architecture"], settings["model_args"], pretrained=delta).to(dtype)
     except Exception as error:
-        raise ValueError(f"cannot rebuild {settings['architecture']} for {folder}: {one_line(error)}") from error
+        raise SparsifinerError(f"cannot rebuild {settings['architecture']} for {folder}: {one_line(error)}") from error
     # Versions that did not save it leave what timm knows of the architecture.
     for name, value in settings.get("data", {}).items():
         vars(model)["pretrained_cfg"][name] = tuple(value) if isinstance(value, list) else value
     if delta and state_digest(model.state_dict()) != settings["dense_fingerprint"]:
-        raise ValueError(
+        raise SparsifinerError(
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
             f"weights here are not the ones it was made from; save the model again where it was made"
         )
@@ -153,7 +156,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
     missing = [name for name in result.missing_keys if name not in held]
     if result.unexpected_keys or missing:
         name = (result.unexpected_keys or missing)[0]
-        raise ValueError(
+        raise SparsifinerError(
             f"{folder / WEIGHTS_NAME} does not fit {settings['architecture']}: "
             f"{len(result.unexpected_keys)} unexpected and {len(missing)} missing tensors, such as {name}"
         )
@@ -165,7 +168,7 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
 def _set_input_size(model: Any, img_size: tuple[int, int]) -> None:
     check_image_size(model, img_size)
     if not hasattr(model, "set_input_size"):
-        raise ValueError(f"{type(model).__name__} cannot change its image size; leave img_size out")
+        raise SparsifinerError(f"{type(model).__name__} cannot change its image size; leave img_size out")
     model.set_input_size(img_size=img_size)
 
 
@@ -173,7 +176,7 @@ def _architecture(model: nn.Module) -> str:
     pretrained_cfg = getattr(model, "pretrained_cfg", None) or {}
     name = pretrained_cfg.get("architecture")
     if not name:
-        raise ValueError(
+        raise SparsifinerError(
             f"{type(model).__name__} was not made by timm.create_model, so it cannot be rebuilt from a name; "
             f"save the sparse backbone alone, or use state_dict()"
         )
@@ -194,7 +197,7 @@ def _model_args(model: Any, given: dict[str, Any] | None) -> dict[str, Any]:
         try:
             arguments[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise SparsifinerError(
                 f"JSON cannot hold {name}={value!r}, which timm.create_model was given; pass a value that it can, such "
                 f"as a layer's name in timm: model_args={{{name!r}: ...}}"
             ) from error
@@ -213,7 +216,7 @@ def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, An
         with torch.device("meta"):
             rebuilt = _create(architecture, arguments, pretrained=False)
     except Exception as error:
-        raise ValueError(
+        raise SparsifinerError(
             f"timm cannot rebuild {architecture} with {arguments} ({one_line(error)}); pass model_args"
         ) from error
     want: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in _dense_state(model).items()}
@@ -224,7 +227,7 @@ def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, An
         differing = {name for name in want.keys() & got.keys() if want[name] != got[name]}
     if differing:
         name = min(differing)
-        raise ValueError(
+        raise SparsifinerError(
             f"{architecture} made with {arguments} differs from this model, for instance in {name} "
             f"({got.get(name)} instead of {want.get(name)}); pass the arguments of timm.create_model as model_args, or "
             f"save state_dict()"
@@ -269,7 +272,9 @@ def _dtype(model: nn.Module) -> torch.dtype:
             first.setdefault(tensor.dtype, name)
     if len(first) > 1:
         found = " and ".join(f"{str(dtype).removeprefix('torch.')} (such as {name})" for dtype, name in first.items())
-        raise ValueError(f"the weights of {type(model).__name__} are {found}; bring them to one with model.to(dtype)")
+        raise SparsifinerError(
+            f"the weights of {type(model).__name__} are {found}; bring them to one with model.to(dtype)"
+        )
     return next(iter(first))
 
 
@@ -284,7 +289,7 @@ def _common_config(configs: list[SparsifinerConfig]) -> SparsifinerConfig:
     first = configs[0]
     for number, config in enumerate(configs):
         if config.replace(keep_rate=first.keep_rate) != first:
-            raise ValueError(
+            raise SparsifinerError(
                 f"layer {number} differs from layer 0 in more than its keep rate; such a model cannot be saved"
             )
     return first if len(set(rates)) == 1 else first.replace(keep_rate=rates)
@@ -322,14 +327,16 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no saved sparse model: {CONFIG_NAME} is missing") from error
+        raise SparsifinerError(f"{folder} holds no saved sparse model: {CONFIG_NAME} is missing") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise SparsifinerError(f"{path} cannot be read: {error}") from error
     names = {"format", "architecture", "model_args", "dtype", "config", "basis_grid", "dense_fingerprint"}
     if not isinstance(settings, dict) or not names <= settings.keys():
-        raise ValueError(f"{path} is not the description of a saved sparse model; expected {', '.join(sorted(names))}")
+        raise SparsifinerError(
+            f"{path} is not the description of a saved sparse model; expected {', '.join(sorted(names))}"
+        )
     if settings["format"] not in range(1, FORMAT + 1):
-        raise ValueError(
+        raise SparsifinerError(
             f"{path} has format {settings['format']}, this version reads 1 to {FORMAT}; update sparsifiner"
         )
     if settings["format"] < 4 and isinstance(settings["config"], dict):
@@ -341,13 +348,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; copy it beside {CONFIG_NAME}") from error
+        raise SparsifinerError(f"{path} is missing; copy it beside {CONFIG_NAME}") from error
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
+        raise SparsifinerError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
 
 
 def _load_state_dict(model: nn.Module, weights: dict[str, Tensor], path: Path) -> Any:
     try:
         return model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
+        raise SparsifinerError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error

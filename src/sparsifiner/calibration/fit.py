@@ -14,13 +14,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..analysis.fidelity import compare_features, final_features
-from ..attention import SparseAttention
-from ..blocks import refuse_reduced
+from .._utils.progress import Progress, progress_on
+from ..attention.layer import SparseAttention
 from ..config import SparsifinerConfig
 from ..convert import sparse_layers
+from ..errors import SparsifinerError
+from ..measure.fidelity import compare_features, final_features
 from ..predictors import LowRankPredictor
-from ..progress import Progress, progress_on
+from ..reduction.blocks import refuse_reduced
 from . import budget, spectral
 from .images import Images, load_images
 from .observation import Replay, common_patches, last_kept, sparse_again, visit_densely
@@ -88,12 +89,12 @@ def calibrate(
     """
     for name, value, known in (("keep_rates", keep_rates, KeepRates), ("start", start, Start)):
         if value not in get_args(known):
-            raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(get_args(known))}")
+            raise SparsifinerError(f"{name} {value!r} is unknown; choose {' or '.join(get_args(known))}")
     for name, number, least in (("steps", steps, 0), ("max_images", max_images, 1)):
         if number is not None and (not isinstance(number, int) or number < least):
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
+            raise SparsifinerError(f"{name} must be a whole number of at least {least}, got {number!r}")
     if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, got {learning_rate!r}")
+        raise SparsifinerError(f"learning_rate must be above 0, got {learning_rate!r}")
     layers = sparse_layers(model)
     _check_something_to_fit(layers, keep_rates)
     if keep_rates == "per_layer":
@@ -374,9 +375,9 @@ def has_something_to_fit(config: SparsifinerConfig) -> bool:
 def _check_something_to_fit(layers: dict[str, SparseAttention], keep_rates: KeepRates) -> None:
     configs = [layer.config for layer in layers.values()]
     if keep_rates == "per_layer" and any(config.score_threshold is not None for config in configs):
-        raise ValueError("keep_rates='per_layer' needs a budget, but score_threshold keeps any number of keys")
+        raise SparsifinerError("keep_rates='per_layer' needs a budget, but score_threshold keeps any number of keys")
     if keep_rates == "given" and not any(map(has_something_to_fit, configs)):
-        raise ValueError(
+        raise SparsifinerError(
             f"predictor {configs[0].predictor!r} without a tail has nothing to fit; use predictor='lowrank', a tail, "
             f"or keep_rates='per_layer'"
         )

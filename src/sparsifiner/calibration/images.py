@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.images import load_photos, preprocess, read_photo
+from .._utils.photos import load_photos, preprocess, read_photo
 from ..convert import sparse_layers
-from ..grid import check_size
+from ..errors import SparsifinerError
+from ..geometry.patch_grid import check_size
 
 Images = str | Path | Tensor | Sequence[str | Path] | Iterable[Any]
 
@@ -46,7 +47,7 @@ def load_images(
     if isinstance(images, Tensor):
         images = [images]
     if not isinstance(images, Iterable):
-        raise ValueError(
+        raise SparsifinerError(
             f"images must be a folder, picture files, tensors or a data loader, got {type(images).__name__}"
         )
     result: list[Tensor] = []
@@ -66,19 +67,19 @@ def load_images(
         batch = entry[0] if isinstance(entry, (tuple, list)) and entry else entry
         if not isinstance(batch, Tensor) or batch.ndim not in (3, 4) or not batch.is_floating_point():
             got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(
+            raise SparsifinerError(
                 f"images: entry {number} must be a float tensor [B, 3, height, width] or [3, height, width], got {got}"
             )
         if not torch.isfinite(batch).all():
-            raise ValueError(f"images: entry {number} holds values that are not finite")
+            raise SparsifinerError(f"images: entry {number} holds values that are not finite")
         _refuse_misfits(model, f"entry {number}", batch.shape[-3:])
         result += [image[None] for image in (batch if batch.ndim == 4 else batch[None]).detach().cpu().float()]
     if skipped and not result:
-        raise ValueError(f"there is no image left to calibrate on; {skipped[0]}")
+        raise SparsifinerError(f"there is no image left to calibrate on; {skipped[0]}")
     if skipped:
         warnings.warn(f"{len(skipped)} files skipped, such as this: {skipped[0]}", stacklevel=3)
     if not result:
-        raise ValueError("there is no image to calibrate on; give a few dozen")
+        raise SparsifinerError("there is no image to calibrate on; give a few dozen")
     return result[:limit]
 
 
@@ -102,11 +103,11 @@ def _refuse_misfits(model: Any, what: str, shape: Sequence[int]) -> None:
     channels, size = shape[0], (shape[1], shape[2])
     wanted = getattr(model, "in_chans", channels)
     if channels != wanted:
-        raise ValueError(f"images: {what} of {channels} channels do not fit the model, which takes {wanted}")
+        raise SparsifinerError(f"images: {what} of {channels} channels do not fit the model, which takes {wanted}")
     embed = getattr(model, "patch_embed", None)
     own = getattr(embed, "img_size", None)
     if own is not None and getattr(embed, "strict_img_size", False) and size != tuple(own):
-        raise ValueError(
+        raise SparsifinerError(
             f"images: {what} of {size[0]}x{size[1]} pixels do not fit the model, which takes {own[0]}x{own[1]}; "
             f"give that size, or build the model with dynamic_img_size=True"
         )

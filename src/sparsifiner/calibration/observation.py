@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..analysis.fidelity import final_features
-from ..attention import SparseAttention
+from ..attention.layer import SparseAttention
 from ..convert import sparse_layers
-from ..tokens import is_pruned, kept_patches
+from ..errors import SparsifinerError
+from ..measure.fidelity import final_features
+from ..reduction.pruning import is_pruned, kept_patches
 
 Visit = Callable[[str, SparseAttention, Tensor, Tensor, Tensor, "Tensor | None"], None]
 """Called with a layer's path, the layer, q, k, v ``[B, H, N, D]`` and the bias of its logits or None."""
@@ -54,7 +55,7 @@ def visit_densely(model: nn.Module, x: Tensor, visit: Visit) -> tuple[Tensor, Te
     """One dense pass of ``x`` ``[1, 3, height, width]``; ``visit`` sees every attention layer's input in turn.
 
     Returns:
-        The final dense features, as ``analysis.fidelity.final_features`` has them.
+        The final dense features, as ``measure.fidelity.final_features`` has them.
 
     Raises:
         ValueError: if a layer is not reached: its model does more than attend.
@@ -70,12 +71,14 @@ def visit_densely(model: nn.Module, x: Tensor, visit: Visit) -> tuple[Tensor, Te
         features = final_features(model, x)
     if len(reached) < len(layers):
         missed = next(name for name in layers if name not in reached)
-        raise ValueError(f"{type(model).__name__} does not run {missed} as plain attention; it cannot be calibrated")
+        raise SparsifinerError(
+            f"{type(model).__name__} does not run {missed} as plain attention; it cannot be calibrated"
+        )
     return features
 
 
 Features = tuple[Tensor, "Tensor | None"]
-"""Patches ``[1, n, C]`` and class token ``[1, C]`` or None, as ``analysis.fidelity.final_features`` has them."""
+"""Patches ``[1, n, C]`` and class token ``[1, C]`` or None, as ``measure.fidelity.final_features`` has them."""
 
 
 def last_kept(model: nn.Module) -> Tensor | None:

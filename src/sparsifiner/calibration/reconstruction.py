@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..geometry.tiling import Tiling
+from ..ops.tail import KeyGroups, tail_groups
 from ..predictors import LowRankPredictor
-from ..tail import KeyGroups, tail_groups
-from ..tiling import Tiling
 
 WEIGHT = 0.01
 """Factor of the loss in Wei et al., section 3.4, and in the authors' configuration."""

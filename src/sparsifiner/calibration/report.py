@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..analysis.fidelity import Fidelity, ImageFidelity
-from ..attention import SparseAttention
+from ..attention.layer import SparseAttention
+from ..measure.fidelity import Fidelity, ImageFidelity
 
 if TYPE_CHECKING:
     from rich.table import Table

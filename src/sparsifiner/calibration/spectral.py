@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..attention import SparseAttention
+from ..attention.layer import SparseAttention
 from ..predictors import LowRankPredictor
 
 

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..digest import digest
-from ..files import replacing
+from .._utils.digest import digest
+from .._utils.files import replacing
+from ..errors import SparsifinerError
 
 
 class State:
@@ -47,11 +48,11 @@ class State:
             self.done = json.loads(metadata["done"])
             purpose = metadata["purpose"]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(
+            raise SparsifinerError(
                 f"{path} is not the state of a calibration that can be continued; delete it or name another"
             ) from error
         if purpose != self.purpose:
-            raise ValueError(
+            raise SparsifinerError(
                 f"{path} is the state of a calibration of another model, other images or other settings; "
                 f"delete it or name another"
             )

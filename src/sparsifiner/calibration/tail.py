@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import SparseAttention
-from ..connectivity import Connectivity
-from ..tail import Tail, tail_groups
-from ..tiling import Tiling
+from ..attention.layer import SparseAttention
+from ..geometry.tiling import Tiling
+from ..ops.connectivity import Connectivity
+from ..ops.tail import Tail, tail_groups
 
 OFFSETS = torch.linspace(-1.0, 2.0, 31)
 """The offsets that are tried; the best is refined between its neighbours."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import SparsifinerError
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,7 +36,9 @@ def parse_keep_rates(text: str | None) -> tuple[float, ...]:
         try:
             rates.append(check_keep_rate(float(part)))
         except ValueError as error:
-            raise ValueError(f"keep rate {part!r} must be a number in (0, 1]; 0.1 keeps a tenth of the keys") from error
+            raise SparsifinerError(
+                f"keep rate {part!r} must be a number in (0, 1]; 0.1 keeps a tenth of the keys"
+            ) from error
     return tuple(dict.fromkeys(rates))
 
 
@@ -46,7 +50,7 @@ def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     for part in _parts(text, "--img-size", "518,1036"):
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", part)
         if match is None or not all(int(side) for side in match.groups(default="1")):
-            raise ValueError(f"image size {part!r} must be pixels such as 518, or rows x columns: 480x640")
+            raise SparsifinerError(f"image size {part!r} must be pixels such as 518, or rows x columns: 480x640")
         sizes.append((int(match[1]), int(match[2] or match[1])))
     return tuple(dict.fromkeys(sizes))
 
@@ -55,7 +59,7 @@ def parse_one_size(text: str | None, command: str) -> tuple[int, int] | None:
     """:func:`parse_sizes` for a ``command`` that takes a single size; None for None."""
     sizes = parse_sizes(text)
     if len(sizes) > 1:
-        raise ValueError(f"--img-size {text!r} names several sizes; {command} takes one")
+        raise SparsifinerError(f"--img-size {text!r} names several sizes; {command} takes one")
     return sizes[0] if sizes else None
 
 
@@ -68,20 +72,20 @@ def option_words() -> Iterator[None]:
         text = str(error)
         for setting, option in OPTIONS.items():
             text = text.replace(setting, option)
-        raise ValueError(text) from error
+        raise SparsifinerError(text) from error
 
 
 def _parts(text: str, option: str, example: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise ValueError(f"{option} {text!r} has an empty entry; expected a list such as {example}")
+        raise SparsifinerError(f"{option} {text!r} has an empty entry; expected a list such as {example}")
     return parts
 
 
 def check_dtype(name: str) -> None:
     """Refuse a dtype that no model can be run in."""
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown; choose {', '.join(DTYPES)}")
+        raise SparsifinerError(f"dtype {name!r} is unknown; choose {', '.join(DTYPES)}")
 
 
 def parse_device(name: str) -> torch.device:
@@ -91,9 +95,9 @@ def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown; choose cpu or cuda") from error
+        raise SparsifinerError(f"device {name!r} is unknown; choose cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda cannot be used: torch sees no CUDA GPU here; choose cpu")
+        raise SparsifinerError("device cuda cannot be used: torch sees no CUDA GPU here; choose cpu")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported; choose cpu or cuda")
+        raise SparsifinerError(f"device {name!r} is not supported; choose cpu or cuda")
     return device

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import SparsifinerError
 from .arguments import check_dtype, parse_keep_rates, parse_sizes
 from .console import output_console, say
 from .options import ConfigFile, Json, KeepRates, MaxTokens
@@ -16,8 +17,8 @@ from .options import ConfigFile, Json, KeepRates, MaxTokens
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..analysis.benchmark import Measured
-    from ..analysis.crossover import BreakEven
+    from ..measure.benchmark import Measured
+    from ..measure.crossover import BreakEven
 
 
 def benchmark(
@@ -47,14 +48,15 @@ def benchmark(
     import torch
     from rich.console import Console
 
-    from .. import __version__, cpu
-    from ..analysis.benchmark import measure_model, measure_operator
-    from ..analysis.crossover import NEVER_WITH_BIAS, break_even
-    from ..analysis.report import this_machine
+    from .. import __version__
+    from .._utils.progress import progress_on
     from ..config import SparsifinerConfig
     from ..convert import sparsify
-    from ..grid import check_size
-    from ..progress import progress_on
+    from ..geometry.patch_grid import check_size
+    from ..measure.benchmark import measure_model, measure_operator
+    from ..measure.crossover import NEVER_WITH_BIAS, break_even
+    from ..ops import cpu
+    from ..report.contents import this_machine
 
     base = SparsifinerConfig() if config is None else SparsifinerConfig.from_file(config)
     models = {size: _build(model, size) for size in sizes}
@@ -159,5 +161,5 @@ def _parse_counts(text: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 64:
-        raise ValueError(f"--tokens {text!r} must be whole numbers of at least 64, such as 1024,4096")
+        raise SparsifinerError(f"--tokens {text!r} must be whole numbers of at least 64, such as 1024,4096")
     return counts

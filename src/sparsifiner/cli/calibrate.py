@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import SparsifinerError
 from .arguments import check_dtype, parse_device, parse_one_size
 from .console import output_console, say
 from .options import ConfigFile, Device, Dtype, SavedModel
@@ -41,7 +42,7 @@ def calibrate(
     ] = False,
 ) -> None:
     """Fit a sparse model to its own dense attention, without labels; an interrupted run continues when run again."""
-    from ..files import check_writable, write_atomically
+    from .._utils.files import check_writable, write_atomically
 
     size = parse_one_size(img_size, "calibrate")
     check_dtype(dtype)
@@ -51,11 +52,11 @@ def calibrate(
     from rich.console import Console
 
     from .. import save_pretrained
-    from ..analysis.images import load_photos
+    from .._utils.photos import load_photos
+    from .._utils.progress import progress_on
     from ..calibration import calibrate as fit
     from ..config import SparsifinerConfig
     from ..models import load_model
-    from ..progress import progress_on
 
     load_photos(images, 1)  # a wrong folder is told before the model is loaded
     loaded = load_model(model, img_size=size)
@@ -101,7 +102,7 @@ def _sparse(model, config, keep_rate):  # type: ignore[no-untyped-def]
     if not is_sparse(model):
         return sparsify(model, config, keep_rate=keep_rate, inplace=True)
     if config is not None:
-        raise ValueError("the model is sparse already and has settings of its own; leave --config out")
+        raise SparsifinerError("the model is sparse already and has settings of its own; leave --config out")
     if keep_rate is not None:
         set_keep_rate(model, keep_rate)
     return model

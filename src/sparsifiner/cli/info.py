@@ -32,9 +32,9 @@ def gather_facts() -> dict[str, Any]:
     """The same as plain JSON values."""
     import torch
 
-    from .. import __version__, cpu
-    from ..analysis.report import this_machine
-    from ..ops import choose_backend
+    from .. import __version__
+    from ..ops import choose_backend, cpu
+    from ..report.contents import this_machine
 
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     choices = []

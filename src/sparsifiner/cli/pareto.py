@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import SparsifinerError
 from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
 from .console import output_console, say
 from .options import BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
@@ -54,16 +55,16 @@ def pareto(
     """Sweep methods and keep rates: top-1 with 95 % intervals against multiply-adds and milliseconds."""
     rates, size = parse_keep_rates(keep_rate), parse_one_size(img_size, "pareto")
     if recipe is None and overrides:
-        raise ValueError(f"{overrides[0]!r} changes a recipe, but there is none; name it with --recipe")
+        raise SparsifinerError(f"{overrides[0]!r} changes a recipe, but there is none; name it with --recipe")
     check_dtype(dtype)
 
     import torch
     from rich.console import Console
 
+    from .._utils.progress import progress_on
     from ..evaluation import Sweep, run_sweep
     from ..evaluation.figure import draw_pareto
     from ..evaluation.results import RESULTS, TABLE
-    from ..progress import progress_on
     from ..training.recipe import DataConfig
     from ..training.recipe_file import load_recipe
 

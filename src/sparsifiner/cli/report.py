@@ -42,7 +42,7 @@ def report(
     ] = False,
 ) -> None:
     """Convert a model and print dense beside sparse: fidelity, FLOPs, latency, memory, density and pictures."""
-    from ..files import check_writable
+    from .._utils.files import check_writable
 
     rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
     check_dtype(dtype)
@@ -51,12 +51,12 @@ def report(
     import torch
     from rich.console import Console
 
-    from ..analysis.html import write_report
-    from ..analysis.images import bundled_photos, load_photos
-    from ..analysis.run import Settings, run_report
-    from ..analysis.table import print_report
+    from .._utils.photos import bundled_photos, load_photos
+    from .._utils.progress import progress_on
     from ..config import SparsifinerConfig
-    from ..progress import progress_on
+    from ..report.html import write_report
+    from ..report.run import Settings, run_report
+    from ..report.table import print_report
 
     stderr = Console(stderr=True)
     photos = bundled_photos(num_images) if images is None else load_photos(images, num_images)

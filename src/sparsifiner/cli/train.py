@@ -25,7 +25,7 @@ def train(
     """Train by a recipe: calibrating phases, distillation, classification. Stopped runs continue exactly."""
     from rich.console import Console
 
-    from ..progress import progress_on
+    from .._utils.progress import progress_on
     from ..training.engine import train as run
     from ..training.recipe_file import load_recipe
 

@@ -60,10 +60,10 @@ def validate(
     import torch
     from rich.console import Console
 
+    from .._utils.files import check_writable, write_atomically
+    from .._utils.progress import progress_on
     from ..config import SparsifinerConfig
     from ..evaluation import validate as run
-    from ..files import check_writable, write_atomically
-    from ..progress import progress_on
     from ..training.recipe import DataConfig
 
     if output is not None:

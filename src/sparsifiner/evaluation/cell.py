@@ -10,9 +10,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..analysis.accuracy import paired_drop, wilson_interval
+from .._utils.checks import choose
 from ..calibration.fit import has_something_to_fit
-from ..checks import choose
+from ..measure.accuracy import paired_drop, wilson_interval
 from ..methods import find_method
 
 STAGES = ("training-free", "calibrated", "fine-tuned")

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from .._utils.files import write_atomically
 from ..methods import METHODS
 from .cell import DENSE, STAGES, Row
 

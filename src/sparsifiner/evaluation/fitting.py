@@ -13,12 +13,13 @@ from typing import Any
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from .._utils.digest import digest, state_digest
+from .._utils.files import write_atomically
+from .._utils.progress import Progress
 from ..calibration import calibrate
-from ..digest import digest, state_digest
-from ..files import write_atomically
+from ..errors import SparsifinerError
 from ..methods import convert_with
 from ..models import load_model
-from ..progress import Progress
 from ..saving import CONFIG_NAME
 from ..training.checkpoint import RESULT_NAME
 from ..training.data import Samples, collate
@@ -121,7 +122,7 @@ class CellModels:
                 reason = f"was trained by another recipe ({', '.join(sorted(names))});"
             else:
                 continue
-            raise ValueError(f"{folder} {reason} name another folder with --output")
+            raise SparsifinerError(f"{folder} {reason} name another folder with --output")
 
     def _fit(self, cell: Cell) -> dict[str, Any]:
         """What the weights of a fitted cell follow from, as plain values."""
@@ -189,7 +190,7 @@ class CellModels:
         assert recipe is not None
         start_from = self._calibrated(cell) if cell.learns_predictor else None
         if start_from is not None and recipe.model_args:
-            raise ValueError(
+            raise SparsifinerError(
                 f"{cell.method} starts from its calibrated model, which takes no other arguments; leave model_args "
                 f"({', '.join(recipe.model_args)}) out of the recipe, or {cell.method} out of the sweep"
             )
@@ -202,13 +203,13 @@ class CellModels:
             length = len(phases)
             phases = _without(PATCH_LOSSES, phases)
             if len(phases) < length:
-                raise ValueError(
+                raise SparsifinerError(
                     "the recipe has a phase whose losses are all on patches; tome, whose merged tokens have no "
                     "counterpart, would train fewer steps than the others: add kl to it, or leave tome out"
                 )
             note.append("merged tokens have no counterpart for losses on patches")
         if not phases:
-            raise ValueError(f"the recipe has no phase that {cell.method} could be trained by; add cls_distill")
+            raise SparsifinerError(f"the recipe has no phase that {cell.method} could be trained by; add cls_distill")
         if start_from is not None:
             note.append("starts from its calibrated predictor")
         config = dataclasses.replace(

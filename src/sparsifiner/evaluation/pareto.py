@@ -17,12 +17,13 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..analysis import compare_latency, count_flops
-from ..analysis.accuracy import Batch, count_correct
-from ..digest import state_digest
-from ..files import check_writable
+from .._utils.digest import state_digest
+from .._utils.files import check_writable
+from .._utils.progress import Progress
+from ..errors import SparsifinerError
+from ..measure import compare_latency, count_flops
+from ..measure.accuracy import Batch, count_correct
 from ..models import load_model
-from ..progress import Progress
 from ..saving import is_converted
 from ..training.data import Samples, collate, validation_transform
 from ..training.sources import ImageSource, open_validation, source_digest
@@ -69,7 +70,7 @@ class _Run:
         data = sweep.data
         self.dense: Any = load_model(sweep.model, img_size=data.size)
         if is_converted(self.dense) or not getattr(self.dense, "num_classes", 0):
-            raise ValueError(f"{sweep.model} must be a dense model with a classifier; train one first")
+            raise SparsifinerError(f"{sweep.model} must be a dense model with a classifier; train one first")
         dense: Any = self.dense
         self.size: tuple[int, int] = data.size or tuple(dense.patch_embed.img_size)
         source = open_validation(
@@ -142,7 +143,7 @@ class _Run:
             if done % SAVE_EVERY == 0 and row.images:
                 self._keep(row)
         if not row.images:
-            raise ValueError(f"none of the {len(row.hits)} images can be read")
+            raise SparsifinerError(f"none of the {len(row.hits)} images can be read")
         if row.ms is None and sweep.repeats:
             self.tell(f"{row.cell.name}: speed", 0, 1)
             self._time(model, row, x)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from .._utils.files import write_atomically
+from ..errors import SparsifinerError
 from .cell import DENSE, Cell, Row
 
 RESULTS = "pareto.json"
@@ -38,7 +39,7 @@ def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell,
         content = json.loads(path.read_text())
         rows = [Row.from_dict(values) for values in content["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no readable sweep ({error}); name another folder with --output") from error
+        raise SparsifinerError(f"{path} is no readable sweep ({error}); name another folder with --output") from error
     for name, wanted in (purpose or {}).items() if rows else ():
         if name not in content:
             found = f"a sweep of an older version, which did not record {name}, so nothing can be added to it"
@@ -48,7 +49,7 @@ def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell,
             found = f"a sweep of {DIGESTS[name]}"
         else:
             found = f"a sweep with another {name}: {_short(content[name])} instead of {_short(wanted)}"
-        raise ValueError(f"{path} holds {found}; name another folder with --output")
+        raise SparsifinerError(f"{path} holds {found}; name another folder with --output")
     return {row.cell: row for row in rows}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SparsifinerError
 from ..training.recipe import DataConfig, TrainConfig
 from .cell import DENSE, STAGES, Cell
 
@@ -56,7 +57,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         if not self.methods or not self.keep_rates or not self.stages:
-            raise ValueError("a sweep needs at least one method, one keep rate and one stage")
+            raise SparsifinerError("a sweep needs at least one method, one keep rate and one stage")
         for method in self.methods:
             for stage in self.stages:
                 for keep_rate in self.keep_rates:
@@ -64,14 +65,14 @@ class Sweep:
         if "fine-tuned" in self.stages:
             self._check_recipe()
         if self.data.val_split is None:
-            raise ValueError("data.val_split is null; name the split to measure on")
+            raise SparsifinerError("data.val_split is null; name the split to measure on")
 
     def _check_recipe(self) -> None:
         if self.recipe is None:
-            raise ValueError("fine-tuned cells need a recipe; recipes/cifar10_sweep.yaml is one")
+            raise SparsifinerError("fine-tuned cells need a recipe; recipes/cifar10_sweep.yaml is one")
         for number, phase in enumerate(self.recipe.phases):
             if phase.keep_rate is not None:
-                raise ValueError(
+                raise SparsifinerError(
                     f"phase {phase.name} of the recipe sets keep_rate, but in a sweep it is that of each cell; "
                     f"leave it out, or add phases.{number}.keep_rate=null behind the command"
                 )

@@ -11,15 +11,16 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..analysis import compare_latency, count_flops
-from ..analysis.accuracy import Accuracy, count_correct
-from ..baselines import baseline_settings
+from .._utils.progress import Progress
 from ..config import SparsifinerConfig
 from ..convert import always_sparse, find_sparse_layers, is_sparse, set_keep_rate, sparsify
+from ..errors import SparsifinerError
+from ..measure import compare_latency, count_flops
+from ..measure.accuracy import Accuracy, count_correct
 from ..models import load_model
-from ..progress import Progress
+from ..reduction import baseline_settings
+from ..reduction.pruning import is_pruned, token_pruning
 from ..saving import is_converted
-from ..tokens import is_pruned, token_pruning
 from ..training.data import Samples, validation_loader, validation_transform
 from ..training.recipe import DataConfig
 from ..training.sources import open_validation
@@ -122,7 +123,7 @@ def validate(
     tell = progress or (lambda stage, done, total: None)
     device = torch.device(device)
     if data.val_split is None:
-        raise ValueError("data.val_split is null; name the split to validate on, or '' if data.path is it")
+        raise SparsifinerError("data.val_split is null; name the split to validate on, or '' if data.path is it")
     title = model if isinstance(model, str) else type(model).__name__
     loaded = load_model(model, img_size=data.size) if isinstance(model, str) else copy.deepcopy(model)
     loaded = loaded.to(device, dtype).eval()
@@ -132,13 +133,13 @@ def validate(
     )  # fmt: skip
     if is_converted(loaded):
         if config is not None:
-            raise ValueError(f"{title} is converted already ({_describe(loaded)}); leave the configuration out")
+            raise SparsifinerError(f"{title} is converted already ({_describe(loaded)}); leave the configuration out")
         # Nothing leads back from a baseline.
         dense, converted = (dense_twin(loaded) if baseline_settings(loaded) is None else None), loaded
     else:
         dense, converted = loaded, sparsify(loaded, config)
     if keep_rates and not _keep_rates(converted):
-        raise ValueError(
+        raise SparsifinerError(
             f"{title} has no attention with a keep rate ({_describe(converted)}); leave the keep rates out"
         )
     size = data.size or tuple(loaded.patch_embed.img_size)  # type: ignore[union-attr, arg-type]

@@ -12,8 +12,9 @@ import timm
 import torch
 from torch import nn
 
-from ..grid import check_image_size
-from ..messages import one_line
+from .._utils.messages import one_line
+from ..errors import SparsifinerError
+from ..geometry.patch_grid import check_image_size
 from ..saving import CONFIG_NAME, from_pretrained
 from .builtin import BUILTIN
 
@@ -44,7 +45,7 @@ def load_model(
     """
     if (Path(name) / CONFIG_NAME).is_file():
         if model_args:
-            raise ValueError(
+            raise SparsifinerError(
                 f"{name} is a saved sparse model and has its own arguments; leave out {', '.join(model_args)}"
             )
         model: Any = from_pretrained(name, img_size=img_size)
@@ -57,11 +58,11 @@ def load_model(
     try:
         model = timm.create_model(timm_name, pretrained=pretrained or "local-dir:" in timm_name, **settings).eval()
     except TypeError as error:
-        raise ValueError(f"{name} cannot be built with {settings}: {one_line(error)}") from error
+        raise SparsifinerError(f"{name} cannot be built with {settings}: {one_line(error)}") from error
     except Exception as error:  # a download can fail in as many ways as there are transports
         if img_size is not None:  # or the weights are those of another size, and no patch fits into this one
             check_image_size(_without_weights(timm_name, settings), img_size)
-        raise ValueError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
+        raise SparsifinerError(f"the weights of {name} cannot be loaded: {one_line(error)}") from error
     if img_size is not None:
         check_image_size(model, img_size)
     return model
@@ -72,7 +73,7 @@ def _timm_name(name: str) -> str:
     if (Path(name) / TIMM_CONFIG_NAME).is_file():
         return f"local-dir:{name}"
     if Path(name).is_dir():
-        raise ValueError(f"the folder {name} holds no saved model: {CONFIG_NAME} is missing")
+        raise SparsifinerError(f"the folder {name} holds no saved model: {CONFIG_NAME} is missing")
     if name == "builtin":
         return BUILTIN
     _check_known(name)
@@ -93,9 +94,9 @@ def _check_known(name: str) -> None:
     if name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(architecture):
         return
     if "/" in name or os.sep in name:
-        raise ValueError(
+        raise SparsifinerError(
             f"there is no model folder {name}; name one that train or save_pretrained has written, or hf-hub:{name}"
         )
     near = difflib.get_close_matches(architecture, [*timm.list_models(), "builtin"], n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "it is no folder here, and no model of timm.list_models()"
-    raise ValueError(f"unknown model {name!r}: {hint}")
+    raise SparsifinerError(f"unknown model {name!r}: {hint}")

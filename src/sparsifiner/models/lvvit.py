@@ -17,6 +17,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from ..errors import SparsifinerError
+
 
 class TokenLabelOutput(NamedTuple):
     """What :class:`LvVit` returns while it trains with token labels.
@@ -63,12 +65,12 @@ class ConvStem(PatchEmbed):
         """
         size = (x.shape[2], x.shape[3])
         if self.strict_img_size and size != self.img_size:
-            raise ValueError(
+            raise SparsifinerError(
                 f"the image has {size[0]}x{size[1]} pixels, the model {self.img_size[0]}x{self.img_size[1]}; resize "
                 f"one of them, or build the model with dynamic_img_size=True"
             )
         if size[0] % self.patch_size[0] or size[1] % self.patch_size[1]:
-            raise ValueError(f"the image's {size[0]}x{size[1]} pixels must be multiples of {self.patch_size[0]}")
+            raise SparsifinerError(f"the image's {size[0]}x{size[1]} pixels must be multiples of {self.patch_size[0]}")
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         x = self.proj(x)
@@ -170,7 +172,7 @@ class LvVit(VisionTransformer):
         exchanged = (box[2] - box[0]) * (box[3] - box[1]) / (grid[0] * grid[1])
         if exchanged:
             if patches.shape[1] != grid[0] * grid[1]:
-                raise ValueError("MixToken needs every patch to its end; set mix_token=False on a pruned model")
+                raise SparsifinerError("MixToken needs every patch to its end; set mix_token=False on a pruned model")
             patches = _exchange(patches, box, grid)
         return TokenLabelOutput(self.forward_class_token(tokens), self.aux_head(patches), box, exchanged)
 

@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .._utils.messages import one_line
 from ..config import SparsifinerConfig
 from ..convert import sparsify
-from ..messages import one_line
+from ..errors import SparsifinerError
 from .zeroed_tokens import ZeroedTokensVit, prune_by_zeroing
 
 _RENAMED = {
@@ -56,7 +57,7 @@ def from_reference(
     state = _clean(state_dict)
     first = "blocks.0.attn.mask_predictor."
     if f"{first}proj_c_q.weight" not in state:
-        raise ValueError(
+        raise SparsifinerError(
             f"not a checkpoint of the Sparsifiner reference: {first}proj_c_q.weight is missing; "
             f"for plain timm weights use timm.create_model and sparsify"
         )
@@ -68,7 +69,7 @@ def from_reference(
     side = math.isqrt(len(w_down) - 1)
     if img_size is None:
         if side * side != len(w_down) - 1:
-            raise ValueError(
+            raise SparsifinerError(
                 f"the checkpoint has {len(w_down) - 1} patches, not a square; give img_size=(height, width)"
             )
         img_size = (side * patch_height, side * patch_width)
@@ -94,7 +95,9 @@ def from_reference(
     model = sparsify(dense, config, inplace=True)
     if token_keep_rate is not None:
         if len(token_keep_rate) != depth or config.attn_recon:
-            raise ValueError(f"token_keep_rate needs one rate for each of the {depth} layers, and attn_recon=False")
+            raise SparsifinerError(
+                f"token_keep_rate needs one rate for each of the {depth} layers, and attn_recon=False"
+            )
         prune_by_zeroing(model, {layer: token_keep_rate[layer] for layer in token_pruning_layers})
     _load(model, state, config.share_basis)
     return model.eval()
@@ -118,4 +121,4 @@ def _load(model: nn.Module, state: dict[str, Tensor], share_basis: bool) -> None
     try:
         model.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit the model it describes: {one_line(error)}") from error
+        raise SparsifinerError(f"the checkpoint does not fit the model it describes: {one_line(error)}") from error

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..adapters.scored import class_scores
-from ..adapters.vit import SparseVitAttention
+from ..attention.adapters.scored import class_scores
+from ..attention.adapters.vit import SparseVitAttention
 from ..config import num_kept
-from ..connectivity import Connectivity
 from ..convert import sparse_layers
+from ..geometry.tiling import Tiling
 from ..ops import sparse_attention
+from ..ops.connectivity import Connectivity
 from ..predictors import LowRankPredictor
 from ..predictors.base import TileScores
-from ..tiling import Tiling
 
 
 class ZeroedTokensVit(VisionTransformer):

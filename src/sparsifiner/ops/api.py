@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..connectivity import Connectivity
-from ..tail import Tail
+from ..errors import SparsifinerError
 from . import native
+from .connectivity import Connectivity
 from .gather import gather_attention
 from .reference import reference_attention
+from .tail import Tail
 
 _Run = Callable[[Tensor, Tensor, Tensor, Connectivity, "Tail | None", "Tensor | None", float], Tensor]
 _RUN: dict[str, _Run] = {
@@ -64,7 +65,7 @@ def sparse_attention(
     if backend == "auto":
         backend = choose_backend(q, *others, attn_bias=attn_bias)[0]
     elif (reason := why_not(backend, q, *others, attn_bias=attn_bias)) is not None:
-        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+        raise SparsifinerError(f"backend {backend!r} cannot run here: {reason}")
     return _RUN[backend](q, k, v, connectivity, tail, attn_bias, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -96,13 +97,13 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, tail: Tail | None, attn_bias: Tensor | None
 ) -> None:
     if q.ndim != 4:
-        raise ValueError(f"q must have shape [B, H, N, D], got {list(q.shape)}")
+        raise SparsifinerError(f"q must have shape [B, H, N, D], got {list(q.shape)}")
     if q.dtype not in DTYPES:
-        raise ValueError(f"q must be float64, float32, bfloat16 or float16, got {q.dtype}")
+        raise SparsifinerError(f"q must be float64, float32, bfloat16 or float16, got {q.dtype}")
     batch, heads, num_tokens, width = q.shape
     tiling = connectivity.tiling
     if num_tokens != tiling.num_tokens:
-        raise ValueError(
+        raise SparsifinerError(
             f"q must have {tiling.num_tokens} tokens, {tiling.num_prefix_tokens} prefix tokens and a "
             f"{tiling.grid[0]}x{tiling.grid[1]} patch grid, got {list(q.shape)}"
         )
@@ -130,12 +131,12 @@ def _check(
     for name, tensor, shape in expected:
         _check_shape(name, tensor, shape)
         if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device")
+            raise SparsifinerError(f"{name} is on {tensor.device} but q is on {q.device}; move them to one device")
     for name, tensor, _ in expected:
         if name in ("k", "v", "tail.k", "tail.v") and tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+            raise SparsifinerError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
     if connectivity.indices.dtype != torch.int32:
-        raise ValueError(f"connectivity.indices must be int32, got {connectivity.indices.dtype}")
+        raise SparsifinerError(f"connectivity.indices must be int32, got {connectivity.indices.dtype}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -143,4 +144,4 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
         want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
     ):
         want = ", ".join("K" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{want}], got {list(tensor.shape)}")
+        raise SparsifinerError(f"{name} must have shape [{want}], got {list(tensor.shape)}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..connectivity import Connectivity
-from ..tail import Tail
+from .connectivity import Connectivity
+from .tail import Tail
 
 
 def tensor_arguments(

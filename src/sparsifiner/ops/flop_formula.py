@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .. import selection as _selection  # noqa: F401  (operators must exist before they get a formula)
 from . import gather as _gather  # noqa: F401
 from . import native as _native  # noqa: F401
+from . import selection as _selection  # noqa: F401  (operators must exist before they get a formula)
 
 _Shape = torch.Size
 

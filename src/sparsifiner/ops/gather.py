@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..connectivity import Connectivity
-from ..tail import Tail
 from .arguments import empty_output, tensor_arguments
 from .chunks import Gradients, Inputs, make_chunks
+from .connectivity import Connectivity
+from .tail import Tail
 
 
 def gather_attention(

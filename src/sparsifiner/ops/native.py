@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import cpu
-from ..connectivity import Connectivity
-from ..tail import Tail
+from . import cpu
 from .arguments import empty_output, tensor_arguments
+from .connectivity import Connectivity
+from .tail import Tail
 
 
 def why_not(q: Tensor, *others: Tensor | None, attn_bias: Tensor | None = None) -> str | None:

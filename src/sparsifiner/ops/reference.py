@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..connectivity import Connectivity
-from ..tail import Tail
 from .arguments import check_indices
+from .connectivity import Connectivity
+from .tail import Tail
 
 
 def reference_attention(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparsifinerConfig, num_kept
-from ..connectivity import Connectivity
-from ..selection import top_keys
-from ..tail import KeyGroups, tail_groups
-from ..tiling import Tiling
+from ..errors import SparsifinerError
+from ..geometry.tiling import Tiling
+from ..ops.connectivity import Connectivity
+from ..ops.selection import top_keys
+from ..ops.tail import KeyGroups, tail_groups
 
 # Scores held at once; 16,384 tokens in 4x4 tiles would otherwise need 1.6 GB per layer.
 CHUNK_BYTES = 64 * 2**20
@@ -31,7 +32,7 @@ class Predictor(nn.Module):
     def __init__(self, config: SparsifinerConfig) -> None:
         super().__init__()
         if not isinstance(config.keep_rate, float):
-            raise ValueError("a predictor serves one layer; give it config.for_layer(...), with one keep_rate")
+            raise SparsifinerError("a predictor serves one layer; give it config.for_layer(...), with one keep_rate")
         self.config = config
         self.tail_offset: nn.Parameter | None = None
         """Added to the tail's logits, ``[H]``; the one weight that belongs to attention, not to the choice of keys."""

@@ -7,8 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ..subset import SubsetTiling
-from ..tiling import Tiling
+from ..geometry.subset import SubsetTiling
+from ..geometry.tiling import Tiling
 from .base import Predictor, TileScores
 
 

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
-from ..connectivity import Connectivity
-from ..subset import SubsetTiling
-from ..tail import KeyGroups
-from ..tiling import Tiling
+from ..errors import SparsifinerError
+from ..geometry.subset import SubsetTiling
+from ..geometry.tiling import Tiling
+from ..ops.connectivity import Connectivity
+from ..ops.tail import KeyGroups
 from .base import Predictor, TileScores
 
 
@@ -42,7 +43,7 @@ class LowRankPredictor(Predictor):
         n_down = config.n_down or num_tokens // config.reduce_n_factor
         width = head_dim // config.reduce_c_factor
         if not n_down or not width:
-            raise ValueError(
+            raise SparsifinerError(
                 f"the low-rank predictor would have {n_down} basis rows of width {width} for {num_tokens} tokens "
                 f"and head width {head_dim}; lower reduce_n_factor or reduce_c_factor, or set n_down"
             )
@@ -167,7 +168,7 @@ class LowRankPredictor(Predictor):
         keys keeps its size. Where tokens were pruned, their rows are left out: ``[B, 1, N, n_down]``.
         """
         if tiling.num_image_prefix_tokens != self.num_prefix_tokens:
-            raise ValueError(
+            raise SparsifinerError(
                 f"the predictor was made for {self.num_prefix_tokens} prefix tokens, "
                 f"got {tiling.num_image_prefix_tokens}"
             )

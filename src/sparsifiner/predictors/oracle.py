@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tiling import Tiling
+from ..geometry.tiling import Tiling
 from .base import Predictor, TileScores
 
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..connectivity import Connectivity
-from ..selection import native_group_queries, native_screened_keys, native_tile_keys, why_not_tile_keys
-from ..tiling import Tiling
+from ..geometry.tiling import Tiling
+from ..ops.connectivity import Connectivity
+from ..ops.selection import native_group_queries, native_screened_keys, native_tile_keys, why_not_tile_keys
 from .base import Predictor, TileScores
 from .screening import Screening, num_screened_blocks, screening_blocks
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pooling import distance_from_block, pool_blocks
-from ..tiling import Tiling
+from ..geometry.tiling import Tiling
+from ..ops.pooling import distance_from_block, pool_blocks
 
 BLOCK = (2, 2)
 

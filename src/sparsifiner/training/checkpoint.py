@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..files import replacing
-from ..messages import one_line
+from .._utils.files import replacing
+from .._utils.messages import one_line
+from ..errors import SparsifinerError
 from .recipe import TrainConfig
 from .recipe_file import differing_settings
 
@@ -81,22 +82,24 @@ def load_checkpoint(
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
         if values.pop("format") != FORMAT:
-            raise ValueError("it is of another version")
+            raise SparsifinerError("it is of another version")
         checkpoint = Checkpoint(**values)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)}); start anew with another --output") from error
+        raise SparsifinerError(
+            f"{path} cannot be read ({one_line(error)}); start anew with another --output"
+        ) from error
     if names := differing_settings(checkpoint.recipe, config.to_dict()):
-        raise ValueError(
+        raise SparsifinerError(
             f"{folder} holds a run of a different recipe ({', '.join(names)}); continue it with its own settings, "
             f"or start anew with another --output"
         )
     if (checkpoint.images, checkpoint.classes) != (images, classes):
-        raise ValueError(
+        raise SparsifinerError(
             f"{folder} holds a run on other images ({checkpoint.images}, now there are {images}, or other classes); "
             f"continue with the same, or start anew with another --output"
         )
     if checkpoint.world != world:
-        raise ValueError(
+        raise SparsifinerError(
             f"{folder} holds a run over {checkpoint.world} processes, now there are {world}; "
             f"continue with as many, or start anew with another --output"
         )
@@ -117,7 +120,7 @@ def check_same_start(found: Checkpoint | None, folder: Path) -> None:
 
     places = gather_object([None if found is None else (found.phase, found.update)])
     if any(place != places[0] for place in places):
-        raise ValueError(
+        raise SparsifinerError(
             f"not every process of the run finds the same checkpoint in {folder}; the output folder must be one that "
             f"all nodes share"
         )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..analysis.accuracy import Batch
-from ..messages import one_line
+from .._utils.messages import one_line
+from ..errors import SparsifinerError
+from ..measure.accuracy import Batch
 from .randomness import seed_of, seeded
 from .sources import ImageSource
 
@@ -53,7 +54,7 @@ class Samples(Dataset[Any]):
                 continue
             with seeded(self.seed, epoch, wanted):
                 return self.transform(image), self.source.label(number), wanted, broken
-        raise ValueError(f"none of the {len(self)} images can be read; the first: {next(iter(broken.items()))}")
+        raise SparsifinerError(f"none of the {len(self)} images can be read; the first: {next(iter(broken.items()))}")
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):

@@ -14,10 +14,11 @@ from timm.data import resolve_model_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..analysis.accuracy import Accuracy, count_correct
+from .._utils.files import check_writable, write_atomically
+from .._utils.progress import Progress
 from ..convert import always_sparse
-from ..files import check_writable, write_atomically
-from ..progress import Progress
+from ..errors import SparsifinerError
+from ..measure.accuracy import Accuracy, count_correct
 from .batchnorm import average_statistics
 from .checkpoint import RESULT_NAME, Checkpoint, check_same_start, load_checkpoint, save_checkpoint
 from .data import Samples, TrainBatches, mixing, train_loader, train_transform, validation_loader, validation_transform
@@ -119,11 +120,13 @@ class Run:
         check_same_start(self.checkpoint, folder)
         labelled = any("ce" in phase.losses for phase in config.phases)
         if labelled and self.source.classes is None:
-            raise ValueError("the loss ce needs labels, but the images have none; leave ce out or use labelled data")
+            raise SparsifinerError(
+                "the loss ce needs labels, but the images have none; leave ce out or use labelled data"
+            )
         classes = len(self.source.classes) if labelled and self.source.classes else None
         self.num_classes = classes if config.num_classes is None else config.num_classes
         if classes is not None and self.num_classes is not None and self.num_classes < classes:
-            raise ValueError(f"num_classes is {self.num_classes}, but the data has {classes} classes")
+            raise SparsifinerError(f"num_classes is {self.num_classes}, but the data has {classes} classes")
         student, teacher = build_models(config, self.num_classes)
         check_phases(student, config)
         self.student: Any = student.to(accelerator.device)
@@ -139,7 +142,7 @@ class Run:
             self.val_samples = Samples(val_source, transform, config.seed, replace_broken=False)
         self.updates_per_epoch = len(self.source) // (config.batch_size * self.world * config.accumulation)
         if not self.updates_per_epoch:
-            raise ValueError(
+            raise SparsifinerError(
                 f"{len(self.source)} training images do not fill one step of {config.batch_size} x {self.world} "
                 f"processes x {config.accumulation} accumulated batches; lower batch_size or accumulation"
             )

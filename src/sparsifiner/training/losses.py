@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..geometry.tiling import Tiling
 from ..predictors import LowRankPredictor
-from ..tiling import Tiling
 
 # Score rows held at once, per layer; what is needed of the others is computed again in the backward pass.
 CHUNK_BYTES = 64 * 2**20

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..messages import one_line
+from .._utils.messages import one_line
+from ..errors import SparsifinerError
 
 
 @contextmanager
@@ -22,8 +23,8 @@ def watched(phase: str, done: int) -> Iterator[None]:
         raise _diverged(f"attention ({one_line(error)})", phase, done) from error
 
 
-def _diverged(what: str, phase: str, done: int) -> ValueError:
-    return ValueError(
+def _diverged(what: str, phase: str, done: int) -> SparsifinerError:
+    return SparsifinerError(
         f"{what} is not finite at step {done} of phase {phase}; lower lr, set clip_grad, or use precision=bf16 "
         f"instead of fp16"
     )

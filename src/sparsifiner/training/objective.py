@@ -10,8 +10,9 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..attention import LayerRecord
+from ..attention.layer import LayerRecord
 from ..convert import sparse_layers
+from ..errors import SparsifinerError
 from ..models import LvVit
 from ..predictors import LowRankPredictor
 from ..recording import observable_twin, record
@@ -48,7 +49,9 @@ class Objective(nn.Module):
             if name not in FROM_TEACHER:
                 continue
             if teacher is None:
-                raise ValueError(f"the loss {name} learns from a teacher, but there is none; name one or leave it out")
+                raise SparsifinerError(
+                    f"the loss {name} learns from a teacher, but there is none; name one or leave it out"
+                )
             if name in PATCH_LOSSES:
                 refuse_reducing_teacher(teacher, name)
             if name in FROM_AUXILIARY_HEADS:
@@ -167,14 +170,14 @@ class Taught:
         The teacher's heads may be of another width than the student's, whose queries ``[B, H, N, D]`` are given.
         """
         if len(self._layers) != layers:
-            raise ValueError(
+            raise SparsifinerError(
                 f"attn_recon needs a teacher with as many attention layers as the student: {layers}, "
                 f"got {len(self._layers)}"
             )
         seen, scale = self._layers[number]
         assert seen.q is not None
         if seen.q.shape[:3] != q.shape[:3]:
-            raise ValueError(
+            raise SparsifinerError(
                 f"attn_recon needs a teacher with the student's heads and tokens: {list(q.shape[1:3])}, "
                 f"got {list(seen.q.shape[1:3])}"
             )
@@ -222,7 +225,7 @@ def run_model(model: Any, images: Tensor, *, head: bool) -> tuple[Tensor, Tensor
         ValueError: if the model is no timm Vision Transformer.
     """
     if not hasattr(model, "forward_features") or not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(f"{type(model).__name__} is no timm Vision Transformer; training needs its patch tokens")
+        raise SparsifinerError(f"{type(model).__name__} is no timm Vision Transformer; training needs its patch tokens")
     features = model.forward_features(images)
     classify = model.forward_class_token if isinstance(model, LvVit) else model.forward_head
     logits = classify(features) if head else features.new_empty(0)
@@ -245,7 +248,7 @@ def _renormalisation(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor
 
 def _same_shape(what: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
-        raise ValueError(
+        raise SparsifinerError(
             f"the teacher's {what} have shape {list(teacher.shape)} and the student's {list(student.shape)}; "
             f"distil from a teacher of the same kind, or leave that loss out"
         )

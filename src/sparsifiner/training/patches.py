@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..blocks import reduces_tokens
-from ..grid import find_grid
-from ..tokens import is_pruned, kept_patches, take_tokens
+from ..errors import SparsifinerError
+from ..geometry.patch_grid import find_grid
+from ..reduction.blocks import reduces_tokens
+from ..reduction.pruning import is_pruned, kept_patches, take_tokens
 
 
 def refuse_reducing_teacher(teacher: nn.Module, loss: str) -> None:
@@ -20,7 +21,7 @@ def refuse_reducing_teacher(teacher: nn.Module, loss: str) -> None:
         ValueError: in one line.
     """
     if reduces_tokens(teacher):
-        raise ValueError(
+        raise SparsifinerError(
             f"{loss} needs the teacher's token of every patch, but the teacher prunes or merges tokens; name a "
             f"teacher that keeps them (unprune_tokens undoes pruning), or leave that loss out"
         )
@@ -48,14 +49,14 @@ def same_patches(student: nn.Module, tokens: Tensor, taught: Tensor) -> tuple[Te
         grid = find_grid(student)
         assert grid is not None
         if grid.num_patches != taught.shape[1]:
-            raise ValueError(
+            raise SparsifinerError(
                 f"the teacher has {taught.shape[1]} patches and the student {grid.num_patches}; distil from a teacher "
                 f"of the same patch grid, or leave out the losses on patches"
             )
         kept = kept_patches(student).to(tokens.device).expand(len(tokens), -1)
         return tokens[:, tokens.shape[1] - kept.shape[1] :], take_tokens(taught, kept)
     if tokens.shape[1] != taught.shape[1] and reduces_tokens(student):
-        raise ValueError(
+        raise SparsifinerError(
             f"the student merges {taught.shape[1]} patches into {tokens.shape[1]} tokens, which no token of the "
             f"teacher corresponds to; leave out the losses on patches (token_mse, aux_mse, token_label)"
         )
@@ -75,7 +76,7 @@ def auxiliary_head(model: nn.Module, whose: str, loss: str) -> nn.Module:
     """
     head = getattr(model, "aux_head", None)
     if head is None or isinstance(head, nn.Identity):
-        raise ValueError(
+        raise SparsifinerError(
             f"{loss} needs a {whose} with an auxiliary head that classifies every patch, as LV-ViT has with "
             f"num_classes above 0; {type(model).__name__} has none, so leave {loss} out"
         )

@@ -9,8 +9,9 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from ..blocks import reduces_tokens
 from ..convert import find_sparse_layers, set_keep_rate, sparse_layers
+from ..errors import SparsifinerError
+from ..reduction.blocks import reduces_tokens
 from .batchnorm import hold_frozen_statistics
 from .recipe import PhaseConfig, TrainConfig
 from .student import needs_teacher
@@ -27,7 +28,7 @@ def check_phases(student: nn.Module, config: TrainConfig) -> None:
     for number, phase in enumerate(config.phases):
         try:
             if "attn_recon" in phase.losses and reduces_tokens(student) and needs_teacher(config, number):
-                raise ValueError(
+                raise SparsifinerError(
                     "attn_recon compares with the teacher's attention among all tokens, but the student drops some; "
                     "use attn_self_distill (its own attention), or leave attn_recon out"
                 )
@@ -36,7 +37,7 @@ def check_phases(student: nn.Module, config: TrainConfig) -> None:
                 for layer_number, layer in enumerate(layers):
                     layer.config.replace(keep_rate=phase.keep_rate).for_layer(layer_number, len(layers))
         except ValueError as error:
-            raise ValueError(f"phase {phase.name}: {error}") from error
+            raise SparsifinerError(f"phase {phase.name}: {error}") from error
 
 
 def enter_phase(student: nn.Module, phase: PhaseConfig) -> None:
@@ -79,7 +80,7 @@ def make_optimizer(student: nn.Module, config: TrainConfig, phase: PhaseConfig) 
     try:
         return create_optimizer_v2(student, opt=config.optimizer, lr=phase.lr, weight_decay=config.weight_decay)
     except ValueError as error:
-        raise ValueError(
+        raise SparsifinerError(
             f"optimizer {config.optimizer!r} is unknown to timm; adamw and sgd are among those it has"
         ) from error
 
@@ -111,7 +112,7 @@ def _trainable(student: Any, train: str) -> set[int]:
         heads = heads if isinstance(heads, (tuple, list)) else [heads]
         found = {id(parameter) for head in heads for parameter in head.parameters()}
         if not found:
-            raise ValueError(f"train is head, but {type(student).__name__} has none; set num_classes")
+            raise SparsifinerError(f"train is head, but {type(student).__name__} has none; set num_classes")
         return found
     layers = find_sparse_layers(student).values()
     predictors = {id(parameter) for layer in layers for parameter in layer.predictor.parameters()}

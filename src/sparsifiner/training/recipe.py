@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..checks import choose, flag, number, text
+from .._utils.checks import choose, flag, number, text
 from ..config import SparsifinerConfig, check_keep_rate
+from ..errors import SparsifinerError
 from ..methods import find_method
 
 PATCH_LOSSES = ("token_mse", "aux_mse", "token_label")
@@ -84,7 +85,7 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         choose("phase", self.name, tuple(PHASES))
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"phase {self.name} needs a length: set epochs or steps, one of the two")
+            raise SparsifinerError(f"phase {self.name} needs a length: set epochs or steps, one of the two")
         number("epochs", self.epochs, above=0, optional=True)
         number("steps", self.steps, least=1, whole=True, optional=True)
         number("lr", self.lr, above=0)
@@ -92,24 +93,26 @@ class PhaseConfig:
             number(name, getattr(self, name), least=0)
         length = self.epochs or self.steps or 0
         if self.warmup > length:
-            raise ValueError(f"warmup ({self.warmup:g}) is longer than phase {self.name} ({length:g})")
+            raise SparsifinerError(f"warmup ({self.warmup:g}) is longer than phase {self.name} ({length:g})")
         train, losses = PHASES[self.name]
         if self.train is None:
             object.__setattr__(self, "train", train)
         choose("train", self.train, TRAINABLE)
         if not isinstance(self.losses, Mapping):
-            raise ValueError(f"losses of phase {self.name} must be weights, as {{ce: 1.0}}, got {self.losses!r}")
+            raise SparsifinerError(f"losses of phase {self.name} must be weights, as {{ce: 1.0}}, got {self.losses!r}")
         for name, weight in self.losses.items():
             choose("loss", name, LOSSES)
             number(f"the weight of loss {name}", weight, least=0)
         weights = {name: float(weight) for name, weight in (self.losses or losses).items() if weight}
         if not weights:
-            raise ValueError(f"phase {self.name} has no loss of positive weight; choose from {', '.join(LOSSES)}")
+            raise SparsifinerError(f"phase {self.name} has no loss of positive weight; choose from {', '.join(LOSSES)}")
         object.__setattr__(self, "losses", weights)
         if self.keep_rate is not None:
             object.__setattr__(self, "keep_rate", SparsifinerConfig(keep_rate=_tuple(self.keep_rate)).keep_rate)
         if self.dense_attention and set(self.losses) - {"attn_recon", "l1_basis"}:
-            raise ValueError("phase attn_recon runs attention dense and takes only the losses attn_recon and l1_basis")
+            raise SparsifinerError(
+                "phase attn_recon runs attention dense and takes only the losses attn_recon and l1_basis"
+            )
 
     @property
     def dense_attention(self) -> bool:
@@ -161,7 +164,7 @@ class DataConfig:
         flag("data.download", self.download)
         head, _, rest = self.source.partition("/")
         if not (self.source in ("folder", "images", "cifar10-png", "hf") or (head in ("torch", "hf") and rest)):
-            raise ValueError(f"data.source {self.source!r} is unknown; choose {SOURCES}")
+            raise SparsifinerError(f"data.source {self.source!r} is unknown; choose {SOURCES}")
         for name in ("limit", "val_limit"):
             number(f"data.{name}", getattr(self, name), least=1, whole=True, optional=True)
         number("data.workers", self.workers, least=0, whole=True)
@@ -169,7 +172,7 @@ class DataConfig:
         if size is not None:
             sides = size if isinstance(size, tuple) else (size, size)
             if len(sides) != 2:
-                raise ValueError(f"data.img_size must be one number or height and width, got {self.img_size!r}")
+                raise SparsifinerError(f"data.img_size must be one number or height and width, got {self.img_size!r}")
             for side in sides:
                 number("data.img_size", side, least=1, whole=True)
             object.__setattr__(self, "img_size", tuple(sides))
@@ -214,7 +217,9 @@ class AugmentConfig:
         for share in scale if isinstance(scale, tuple) else ():
             number("augment.crop_scale", share, above=0, most=1)
         if not isinstance(scale, tuple) or len(scale) != 2 or scale[0] > scale[1]:
-            raise ValueError(f"augment.crop_scale must be two shares, 0 < smallest <= largest <= 1, got {scale!r}")
+            raise SparsifinerError(
+                f"augment.crop_scale must be two shares, 0 < smallest <= largest <= 1, got {scale!r}"
+            )
         text("augment.auto_augment", self.auto_augment, optional=True)
         if self.auto_augment is not None:
             choose("the policy of augment.auto_augment", self.auto_augment.partition("-")[0], POLICIES)
@@ -292,16 +297,16 @@ class TrainConfig:
         object.__setattr__(self, "phases", tuple(self.phases))
         trackers = (self.trackers,) if isinstance(self.trackers, str) else _tuple(self.trackers or ())
         if not isinstance(trackers, tuple):
-            raise ValueError(f"trackers must be names such as [tensorboard], got {trackers!r}")
+            raise SparsifinerError(f"trackers must be names such as [tensorboard], got {trackers!r}")
         object.__setattr__(self, "trackers", trackers)
         if not self.phases:
-            raise ValueError(f"a recipe needs phases; choose from {', '.join(PHASES)}")
+            raise SparsifinerError(f"a recipe needs phases; choose from {', '.join(PHASES)}")
         for name in ("model", "teacher", "optimizer"):
             text(name, getattr(self, name))
         for name in ("pretrained", "ema_warmup", "deterministic"):
             flag(name, getattr(self, name))
         if not isinstance(self.model_args, Mapping):
-            raise ValueError(f"model_args must be arguments by name, got {self.model_args!r}")
+            raise SparsifinerError(f"model_args must be arguments by name, got {self.model_args!r}")
         choose("precision", self.precision, PRECISIONS)
         for name in self.trackers:
             choose("tracker", name, TRACKERS)
@@ -316,7 +321,7 @@ class TrainConfig:
         if self.sparsity != "saved":
             self.check_phases(self.sparse_config())
         if self.augment.mixes and self.batch_size % 2:
-            raise ValueError(f"batch_size must be even for mixup and cutmix, got {self.batch_size}")
+            raise SparsifinerError(f"batch_size must be even for mixup and cutmix, got {self.batch_size}")
 
     @property
     def method(self) -> tuple[str, float] | None:
@@ -324,7 +329,7 @@ class TrainConfig:
         if not isinstance(self.sparsity, Mapping) or "method" not in self.sparsity:
             return None
         if set(self.sparsity) != {"method", "keep_rate"}:
-            raise ValueError(f"sparsity with a method takes method and keep_rate, got {', '.join(self.sparsity)}")
+            raise SparsifinerError(f"sparsity with a method takes method and keep_rate, got {', '.join(self.sparsity)}")
         find_method(self.sparsity["method"])
         return self.sparsity["method"], check_keep_rate(self.sparsity["keep_rate"])
 
@@ -337,7 +342,7 @@ class TrainConfig:
         if self.sparsity is None or self.sparsity == "saved":
             return None
         if not isinstance(self.sparsity, Mapping):
-            raise ValueError(
+            raise SparsifinerError(
                 f"sparsity must be settings such as {{keep_rate: 0.1}}, saved, or null, got {self.sparsity!r}"
             )
         return SparsifinerConfig.from_settings(self.sparsity)
@@ -354,17 +359,19 @@ class TrainConfig:
         needs_predictor = sorted(set(phase.losses) & set(SCORE_LOSSES)) or (phase.train == "predictor" and ["train"])
         if needs_predictor and (config is None or config.predictor != "lowrank"):
             found = "attention is not sparse" if config is None else f"predictor is {config.predictor!r}"
-            raise ValueError(
+            raise SparsifinerError(
                 f"phase {phase.name} trains a predictor ({needs_predictor[0]}), which only predictor='lowrank' has, "
                 f"but {found}"
             )
         if "ratio" in phase.losses and (config is None or config.score_threshold is None):
-            raise ValueError("the loss ratio needs sparsity.score_threshold: with a fixed keep rate the ratio is given")
+            raise SparsifinerError(
+                "the loss ratio needs sparsity.score_threshold: with a fixed keep rate the ratio is given"
+            )
         if phase.keep_rate is not None and config is None:
-            raise ValueError(f"phase {phase.name} sets keep_rate, but attention is not sparse")
+            raise SparsifinerError(f"phase {phase.name} sets keep_rate, but attention is not sparse")
         distils = [name for name in TEACHER_LOSSES if name in phase.losses]
         if self.teacher == "none" and distils:
-            raise ValueError(f"phase {phase.name} distils ({', '.join(distils)}), but teacher is none")
+            raise SparsifinerError(f"phase {phase.name} distils ({', '.join(distils)}), but teacher is none")
 
     def _check_reach(self, phase: PhaseConfig, config: SparsifinerConfig | None) -> None:
         """Refuse losses that train nothing: all of a phase, or one that costs scores of its own."""
@@ -376,13 +383,15 @@ class TrainConfig:
         if len(idle) < len(phase.losses):
             idle = [name for name in idle if name in SCORE_LOSSES]
         if idle:
-            raise ValueError(
+            raise SparsifinerError(
                 f"phase {phase.name} trains the {phase.train}, which {', '.join(idle)} cannot; "
                 f"set train to {'predictor' if idle[0] in SCORE_LOSSES else 'backbone'} or all, or change losses"
             )
         rates = None if config is None else config.keep_rate
         if "least_k" in phase.losses and set(rates if isinstance(rates, tuple) else (rates,)) == {1.0}:
-            raise ValueError(f"the loss least_k of phase {phase.name} needs a keep_rate below 1: no key is left out")
+            raise SparsifinerError(
+                f"the loss least_k of phase {phase.name} needs a keep_rate below 1: no key is left out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, from which :func:`recipe_file.from_dict` makes the same configuration."""

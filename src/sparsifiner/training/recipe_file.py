@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checks import choose
-from ..messages import one_line
-from ..yaml12 import load_yaml
+from .._utils.checks import choose
+from .._utils.messages import one_line
+from .._utils.yaml12 import load_yaml
+from ..errors import SparsifinerError
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
 
 WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
@@ -35,24 +36,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         settings = load_yaml(path.read_text())
     except OSError as error:
-        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
+        raise SparsifinerError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from error
+        raise SparsifinerError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold named settings such as 'model: builtin', got {settings!r}")
+        raise SparsifinerError(f"{path} must hold named settings such as 'model: builtin', got {settings!r}")
     for override in overrides:
         _override(settings, override)
     try:
         return from_dict(settings)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise SparsifinerError(f"{path}: {error}") from error
 
 
 def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """The inverse of ``TrainConfig.to_dict``; unknown names are refused with the nearest known one."""
     settings = dict(settings)
     if "phases" not in settings or not isinstance(settings["phases"], Sequence):
-        raise ValueError("a recipe needs phases, a list such as '- {name: cls, epochs: 1}'")
+        raise SparsifinerError("a recipe needs phases, a list such as '- {name: cls, epochs: 1}'")
     settings["phases"] = tuple(_make(PhaseConfig, phase, "phases") for phase in settings["phases"])
     for name, kind in (("data", DataConfig), ("augment", AugmentConfig)):
         if name in settings:
@@ -62,12 +63,12 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
 
 def _make(kind: type[T], settings: Any, where: str) -> T:
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{where} must hold named settings, got {settings!r}")
+        raise SparsifinerError(f"{where} must hold named settings, got {settings!r}")
     fields = tuple(item.name for item in dataclasses.fields(kind))  # type: ignore[arg-type]
     for name in settings:
         choose(f"setting {where + '.' if where else ''}{name}:", name, fields)
     if "name" in fields and "name" not in settings:
-        raise ValueError(f"{where}: an entry has no name")
+        raise SparsifinerError(f"{where}: an entry has no name")
     return kind(**settings)
 
 
@@ -76,11 +77,11 @@ def _override(settings: dict[str, Any], override: str) -> None:
 
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise ValueError(f"{override!r} is not an override; write name=value, such as data.path=photos")
+        raise SparsifinerError(f"{override!r} is not an override; write name=value, such as data.path=photos")
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
+        raise SparsifinerError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
     *outer, last = name.split(".")
     place: Any = settings
     for part in outer:
@@ -91,7 +92,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
             place[part] = {}
         place = place[part]
         if not isinstance(place, (dict, list)):
-            raise ValueError(f"{name} leads into {part}, which is the single value {place!r}")
+            raise SparsifinerError(f"{name} leads into {part}, which is the single value {place!r}")
     if isinstance(place, list):
         _item(place, last, name)
         place[int(last)] = value
@@ -101,7 +102,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
 
 def _item(place: list[Any], part: str, name: str) -> Any:
     if not part.isdigit() or int(part) >= len(place):
-        raise ValueError(f"{name}: {part!r} must be a number below {len(place)}, the entries there are")
+        raise SparsifinerError(f"{name}: {part!r} must be a number below {len(place)}, the entries there are")
     return place[int(part)]
 
 

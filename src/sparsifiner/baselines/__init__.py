@@ -1,7 +1,0 @@
-"""Other methods that make attention cheaper, to compare with under the same roof."""
-
-from .linformer import linformer
-from .settings import apply_baseline, baseline_parameters, baseline_settings
-from .tome import merge_tokens
-
-__all__ = ["apply_baseline", "baseline_parameters", "baseline_settings", "linformer", "merge_tokens"]

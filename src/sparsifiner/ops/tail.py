@@ -1,0 +1,114 @@
+"""What stands in for the keys that were not kept: groups of keys, each with a mean key and a mean value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import SparsifinerConfig
+from ..geometry.tiling import Tiling
+from .connectivity import Connectivity
+from .grouping import group_patches, pool_groups
+from .pooling import count_unkept, distance_from_block, pool_blocks
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Pooled keys and values that stand in for the keys a tile did not keep.
+
+    Args:
+        k: mean key of each group, ``[B, H, P, D]``.
+        v: mean value of each group, ``[B, H, P, D]``.
+        bias: ``log`` of how many keys of the group the tile did not keep, ``[B, H, T, P]``, at least
+            float32; ``-inf`` where it kept all of them.
+    """
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class KeyGroups:
+    """The keys of an image in groups, before any is kept: from :func:`group_keys`.
+
+    Prefix tokens are in no group.
+
+    Args:
+        blocks: the blocks of the patch grid that the groups started as.
+        member: group of each patch, int32 ``[B, H, num_patches]``; None where the groups are the blocks.
+        k: mean key of each group, ``[B, H, P, D]``.
+        v: mean value of each group, ``[B, H, P, D]``.
+        distance: distance of each value from the mean of its group, of prefix tokens from zero, ``[B, H, N]``: what a
+            query that attends to that key alone would get wrong without it.
+    """
+
+    blocks: Tiling
+    member: Tensor | None
+    k: Tensor
+    v: Tensor
+    distance: Tensor
+
+    def log_counts(self, connectivity: Connectivity) -> Tensor:
+        """Log of the number of keys per group that each tile did not keep, float32 ``[B, H, T, P]``."""
+        return count_unkept(connectivity.indices, connectivity.bias, self.blocks, self.member)
+
+    def tail(self, connectivity: Connectivity, offset: Tensor | None = None) -> Tail:
+        """What stands in for the keys that ``connectivity`` did not keep, with exact log-counts.
+
+        At a keep rate of 1 every bias is ``-inf`` and the tail vanishes.
+
+        Args:
+            connectivity: the kept keys.
+            offset: added to the bias of each head, ``[H]``, or None; differentiable.
+        """
+        bias = self.log_counts(connectivity).to(torch.promote_types(self.k.dtype, torch.float32))
+        if offset is not None:
+            bias = bias + offset.to(bias.dtype)[:, None, None]
+        return Tail(self.k, self.v, bias)
+
+    def of_patches(self, x: Tensor) -> Tensor:
+        """The row of each patch's group, ``[B, H, P, ...]`` to ``[B, H, num_patches, ...]``."""
+        if self.member is None:
+            return x[:, :, self.blocks.tile_of_patch(x.device)]
+        index = self.member.long().reshape(*self.member.shape, *[1] * (x.ndim - 3))
+        return x.gather(2, index.expand(*self.member.shape, *x.shape[3:]))
+
+
+def group_keys(k: Tensor, v: Tensor, blocks: Tiling, steps: int = 0) -> KeyGroups:
+    """Put the keys of like values into groups.
+
+    The groups start as blocks of the patch grid. Their borders then move: a block across the edge of an object has a
+    mean that is like neither side, and keys beyond the edge are better represented by their neighbours' mean.
+
+    Args:
+        k: keys ``[B, H, N, D]``.
+        v: values ``[B, H, N, D]``.
+        blocks: blocks of the patch grid, with the number of prefix tokens.
+        steps: how often patches are regrouped (Lloyd); 0 leaves the blocks.
+    """
+    if not steps:
+        return KeyGroups(blocks, None, pool_blocks(k, blocks), pool_blocks(v, blocks), distance_from_block(v, blocks))
+    member, mean_value, distance = group_patches(v, blocks, steps)
+    return KeyGroups(blocks, member, pool_groups(k, member, blocks), mean_value, distance)
+
+
+def tail_groups(
+    config: SparsifinerConfig, k: Tensor, v: Tensor, tiling: Tiling, attn_bias: Tensor | None = None
+) -> KeyGroups | None:
+    """The groups of the tail that ``config`` asks for, or None without one.
+
+    With an attention bias they are the blocks: groups of each image and head would need a bias of their own.
+
+    Args:
+        config: settings of the layer.
+        k: keys ``[B, H, N, D]``.
+        v: values ``[B, H, N, D]``.
+        tiling: the patch grid of this input.
+        attn_bias: added to the attention logits, or None.
+    """
+    if config.tail is None:
+        return None
+    return group_keys(k, v, tiling.regions(config.tail), config.tail_refine if attn_bias is None else 0)

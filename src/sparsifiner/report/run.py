@@ -1,0 +1,292 @@
+"""Measure a model dense and sparse on images, for every size and keep rate asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.photos import Photos, crop, preprocess
+from .._utils.progress import Progress
+from ..config import SparsifinerConfig
+from ..convert import check_fit, conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
+from ..errors import SparsifinerError
+from ..geometry.patch_grid import check_size
+from ..measure.crossover import NEVER_WITH_BIAS, BreakEven, break_even
+from ..measure.fidelity import measure_fidelity
+from ..measure.flops import FlopReport, count_flops
+from ..measure.latency import compare_latency
+from ..measure.memory import PeakMemory, measure_memory
+from ..models import load_model
+from .contents import Case, Report, this_machine
+from .maps import attention_maps
+from .pictures import draw_maps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Args:
+        model: ``builtin``, a timm name, or a folder of ``save_pretrained``.
+        image_sizes: rows and columns in pixels; the model's own size where empty.
+        keep_rates: the rates of ``config``, or of a saved sparse model, where empty.
+        config: all other settings; the training-free default if None. A saved sparse model has its own.
+        dtype: float32, bfloat16 or float16.
+        device: where both models run.
+        repeats: interleaved pairs of latency runs; 0 measures no latency and no break-even.
+        max_seconds: no further latency pair, and no larger break-even size, is started after so long.
+        max_tokens: bound of the break-even search.
+        memory: whether to measure memory.
+        pictures: how many images get a picture.
+    """
+
+    model: str = "builtin"
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    keep_rates: tuple[float, ...] = ()
+    config: SparsifinerConfig | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    repeats: int = 7
+    max_seconds: float = 60.0
+    max_tokens: int = 16384
+    memory: bool = True
+    pictures: int = 4
+
+
+@dataclass
+class _Collected:
+    """What grows while the cases are measured."""
+
+    cases: list[Case]
+    notes: list[str]
+    pictures: dict[str, bytes]
+    break_even: dict[object, BreakEven | None]
+
+
+def run_report(settings: Settings, photos: Photos, progress: Progress | None = None) -> Report:
+    """Fidelity, FLOPs, latency, memory, density and pictures for each size and keep rate.
+
+    A saved sparse model is compared with its own densified twin, any other model with its sparse version.
+
+    Raises:
+        ValueError: if the model is unknown or cannot be converted, or a size does not fit; nothing long has
+            run by then.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    found = _Collected([], [], {}, {})
+    tell("loading the model", 0, 1)
+    sizes: list[tuple[int, int] | None] = list(settings.image_sizes) or [None]
+    dense, sparse = _load_pair(settings, sizes[0])
+    _check_sizes(dense, sparse, settings.image_sizes)
+    for number, size in enumerate(sizes):
+        if number:
+            dense, sparse = _load_pair(settings, size)
+        tell("loading the model", 1, 1)
+        _measure_size(settings, photos, dense, sparse, size or _own_size(dense), found, tell)
+    found.notes += _notes(settings, photos, sparse)
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    return Report(
+        model=settings.model,
+        architecture=_architecture(dense),
+        parameters=parameters,
+        dtype=str(settings.dtype).removeprefix("torch."),
+        machine=this_machine(settings.device),
+        source=photos.source,
+        images=[photo.name for photo in photos.photos],
+        skipped=photos.skipped,
+        converted=str(conversion(sparse)).splitlines(),
+        cases=found.cases,
+        notes=list(dict.fromkeys(found.notes)),
+        pictures=found.pictures,
+    )
+
+
+def _measure_size(
+    settings: Settings,
+    photos: Photos,
+    dense: nn.Module,
+    sparse: nn.Module,
+    size: tuple[int, int],
+    found: _Collected,
+    tell: Progress,
+) -> None:
+    """All keep rates at one image size; what concerns the dense model alone is measured once."""
+    transform = preprocess(dense, size)
+    label = f"{size[0]} px" if size[0] == size[1] else f"{size[0]}x{size[1]} px"
+
+    def image(number: int) -> Tensor:
+        return transform(photos.photos[number].image)[None].to(settings.device, settings.dtype)
+
+    x = image(0)
+    tell(f"{label}: counting FLOPs", 0, 1)
+    flops_dense = count_flops(dense, x)
+    memory_dense = _memory(settings, dense, x, "dense", found, tell, label)
+    rates: tuple[float | tuple[float, ...], ...] = settings.keep_rates or (_rates_of(sparse),)
+    for rate in rates:
+        set_keep_rate(sparse, rate)
+        stage = f"{label}, keep {rate:g}" if isinstance(rate, float) else label
+        names = [photo.name for photo in photos.photos]
+
+        fidelity = measure_fidelity(dense, sparse, _told(image, len(names), partial(tell, f"{stage}: fidelity")), names)
+        flops_sparse: FlopReport = count_flops(sparse, x)
+        latency = None
+        if settings.repeats:
+            tell(f"{stage}: latency", 0, settings.repeats)
+            latency = compare_latency(
+                dense,
+                sparse,
+                x,
+                repeats=settings.repeats,
+                max_seconds=settings.max_seconds,
+                progress=partial(tell, f"{stage}: latency"),
+            )
+            tell(f"{stage}: latency", settings.repeats, settings.repeats)
+            if rate not in found.break_even:
+                found.break_even[rate] = break_even(
+                    sparse,
+                    max_tokens=settings.max_tokens,
+                    max_seconds=settings.max_seconds,
+                    progress=partial(tell, f"{stage}: break-even"),
+                )
+                tell(f"{stage}: break-even", settings.max_tokens, settings.max_tokens)
+        memory_sparse = _memory(settings, sparse, x, "sparse", found, tell, stage)
+        pictures = []
+        if any(layer.sparse for layer in flops_sparse.layers):
+            pictures = _draw(settings, photos, dense, sparse, size, image, stage, found, tell)
+        layer = next(iter(sparse_layers(sparse).values()))
+        found.cases.append(
+            Case(
+                image_size=size,
+                grid=layer.grid.shape,
+                num_tokens=flops_dense.layers[0].num_tokens,
+                keep_rate=rate,
+                config=layer.config.replace(keep_rate=rate).to_dict(),
+                fidelity=fidelity,
+                flops_dense=flops_dense,
+                flops_sparse=flops_sparse,
+                latency=latency,
+                memory_dense=memory_dense,
+                memory_sparse=memory_sparse,
+                break_even=found.break_even.get(rate),
+                pictures=pictures,
+            )
+        )
+
+
+def _told(image: Callable[[int], Tensor], count: int, tell: Callable[[int, int], None]) -> Iterator[Tensor]:
+    """The images one by one, telling how many are done."""
+    for number in range(count):
+        tell(number, count)
+        yield image(number)
+    tell(count, count)
+
+
+def _memory(
+    settings: Settings, model: nn.Module, x: Tensor, side: str, found: _Collected, tell: Progress, stage: str
+) -> PeakMemory | None:
+    if not settings.memory:
+        return None
+    tell(f"{stage}: memory ({side})", 0, 1)
+    try:
+        return measure_memory(model, x)
+    except RuntimeError as error:
+        found.notes.append(f"Memory of the {side} model was not measured: {error}.")
+        return None
+    finally:
+        tell(f"{stage}: memory ({side})", 1, 1)
+
+
+def _draw(
+    settings: Settings,
+    photos: Photos,
+    dense: nn.Module,
+    sparse: nn.Module,
+    size: tuple[int, int],
+    image: Callable[[int], Tensor],
+    stage: str,
+    found: _Collected,
+    tell: Progress,
+) -> list[str]:
+    names = []
+    shown = photos.photos[: settings.pictures]
+    rate = stage.partition("keep ")[2] or "own"
+    for number, photo in enumerate(shown):
+        tell(f"{stage}: pictures", number, len(shown))
+        name = f"attention-{number + 1:02d}-{size[0]}x{size[1]}-keep-{rate}.png"
+        maps = attention_maps(dense, sparse, image(number))
+        found.pictures[name] = draw_maps(crop(photo.image, size), maps, title=f"{photo.name}, {stage}")
+        names.append(name)
+    if shown:
+        tell(f"{stage}: pictures", len(shown), len(shown))
+    return names
+
+
+def _load_pair(settings: Settings, size: tuple[int, int] | None) -> tuple[nn.Module, nn.Module]:
+    """The dense model and its sparse version; a saved sparse model and its densified twin."""
+    model = load_model(settings.model, img_size=size).to(settings.device, settings.dtype).eval()
+    if not is_sparse(model):
+        return model, sparsify(model, settings.config)
+    if settings.config is not None:
+        raise SparsifinerError(f"{settings.model} is sparse already and has its own settings; leave --config out")
+    return densify(model), model
+
+
+def _check_sizes(dense: nn.Module, sparse: nn.Module, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Refuse sizes that patches do not divide or tiles do not fit, before anything long runs."""
+    patch = _patch_size(dense)
+    for size in sizes:
+        check_size(size, patch)
+        for layer in sparse_layers(sparse).values():
+            check_fit((size[0] // patch[0], size[1] // patch[1]), layer.config)
+
+
+def _rates_of(sparse: nn.Module) -> float | tuple[float, ...]:
+    rates = tuple(layer.predictor.keep_rate for layer in sparse_layers(sparse).values())
+    return rates[0] if len(set(rates)) == 1 else rates
+
+
+def _notes(settings: Settings, photos: Photos, sparse: nn.Module) -> list[str]:
+    notes = []
+    if settings.config is not None and settings.config.predictor == "lowrank":
+        notes.append(
+            "The low-rank predictor was not trained: it starts from random weights, so the keys it keeps say nothing "
+            "about the method. Calibrate or train it, save the model, and give its folder as the model."
+        )
+    if settings.config is not None and settings.config.predictor == "oracle":
+        notes.append("The oracle looks at the dense attention map: it bounds the fidelity and cannot be faster.")
+    if settings.repeats and next(iter(sparse_layers(sparse).values())).takes_bias:
+        notes.append(f"No size from which sparse pays was looked for: {NEVER_WITH_BIAS}.")
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if settings.repeats and load > 1.5 * cores:
+        notes.append(
+            f"This machine was busy while the report was made (load {load:.1f} on {cores} cores): latencies are too "
+            f"long and uncertain. Run it again on an idle machine before you rely on them."
+        )
+    if photos.skipped:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in photos.skipped.items())
+        notes.append(f"{len(photos.skipped)} unreadable picture(s) skipped: {listed}.")
+    return notes
+
+
+def _architecture(model: nn.Module) -> str:
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    return f"{type(model).__name__} ({name})" if name else type(model).__name__
+
+
+def _patch_size(model: nn.Module) -> tuple[int, int]:
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if size is None:
+        raise SparsifinerError(f"{type(model).__name__} has no patch embedding; expected a Vision Transformer")
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _own_size(model: nn.Module) -> tuple[int, int]:
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None:
+        raise SparsifinerError(f"{type(model).__name__} has no image size of its own; name one with --img-size")
+    return (size[0], size[1])
