@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ._utils.checks import choose, flag, number
-from ._utils.messages import one_line
+from ._utils.messages import one_line, shown
+from ._utils.reading import parse_json, read_text
 from ._utils.yaml12 import load_yaml
 from .errors import SparsifinerError
 
@@ -190,18 +190,16 @@ class SparsifinerConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> SparsifinerConfig:
         """Read a YAML or JSON file of settings; ``preset: paper`` starts from :meth:`paper`."""
-        import yaml
-
         path = Path(path)
         try:
-            text = path.read_text()
-            settings = json.loads(text) if path.suffix == ".json" else load_yaml(text)
+            text = read_text(path)
+            settings = parse_json(text) if path.suffix == ".json" else load_yaml(text)
         except OSError as error:
             raise SparsifinerError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise SparsifinerError(f"{path} is not valid YAML or JSON: {one_line(error)}") from error
         if not isinstance(settings, dict):
-            raise SparsifinerError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {settings!r}")
+            raise SparsifinerError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {shown(settings)}")
         try:
             return cls.from_settings(settings)
         except ValueError as error:

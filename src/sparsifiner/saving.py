@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_model_args
 from torch import Tensor, nn
 
+from ._utils.description import check_description
 from ._utils.digest import state_digest
 from ._utils.files import replacing, write_atomically
 from ._utils.messages import one_line
+from ._utils.reading import read_json
+from ._utils.trust import check_architecture, check_model_args, create_model
 from .attention.layer import SparseAttention
 from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
@@ -107,19 +110,31 @@ def is_converted(model: nn.Module) -> bool:
     return any(_conversions(model))
 
 
-def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = None) -> nn.Module:
+def from_pretrained(
+    folder: str | Path, *, img_size: tuple[int, int] | None = None, trust_remote: bool = False
+) -> nn.Module:
     """Load what :func:`save_pretrained` wrote.
+
+    A folder may come from anybody: its JSON can name an architecture of timm and settings, nothing else. Weights are
+    read from its safetensors file alone, besides those timm itself has for the architecture where the folder holds
+    only what differs from them.
 
     Args:
         folder: the folder.
         img_size: height and width in pixels to build the model for, if not the saved size.
+        trust_remote: let the folder's JSON name other sources: ``hf-hub:`` models, ``checkpoint_path``,
+            ``pretrained_cfg`` and whatever else ``timm.create_model`` follows. Pickles that hold more than tensors
+            are refused all the same.
 
     Raises:
-        ValueError: if files are missing, corrupt, foreign or of two different saves, or the pretrained weights a
-            delta refers to are not the ones it was made from.
+        ValueError: if files are missing, corrupt, foreign or of two different saves, if one leads out of the folder,
+            or the pretrained weights a delta refers to are not the ones it was made from.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
+    if not trust_remote:
+        check_architecture(settings["architecture"], folder / CONFIG_NAME)
+        check_model_args(settings["model_args"], folder / CONFIG_NAME)
     weights = _read_weights(folder / WEIGHTS_NAME)
     if settings.get("weights_fingerprint") not in (None, state_digest(weights)):
         raise SparsifinerError(
@@ -134,7 +149,8 @@ def from_pretrained(folder: str | Path, *, img_size: tuple[int, int] | None = No
         raise SparsifinerError(f"cannot rebuild {settings['architecture']} for {folder}: {one_line(error)}") from error
     # Versions that did not save it leave what timm knows of the architecture.
     for name, value in settings.get("data", {}).items():
-        vars(model)["pretrained_cfg"][name] = tuple(value) if isinstance(value, list) else value
+        if name in _DATA:
+            vars(model)["pretrained_cfg"][name] = tuple(value) if isinstance(value, list) else value
     if delta and state_digest(model.state_dict()) != settings["dense_fingerprint"]:
         raise SparsifinerError(
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
@@ -187,6 +203,7 @@ def _architecture(model: nn.Module) -> str:
 def _model_args(model: Any, given: dict[str, Any] | None) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` as JSON holds them: those timm has recorded and those ``given``, with the
     present depth, image size, classes and pooling."""
+    check_model_args(given or {}, "the call")
     recorded = getattr(model, "_model_args", {})
     rates = {name: recorded[name] for name in _DROPOUT if name in recorded}
     arguments = get_model_args(model, {**rates, **(given or {})})
@@ -207,7 +224,7 @@ def _model_args(model: Any, given: dict[str, Any] | None) -> dict[str, Any]:
 def _create(architecture: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
     """The dense model that saved ``arguments`` describe."""
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
-    return timm.create_model(architecture, pretrained=pretrained, **values)
+    return create_model(architecture, pretrained=pretrained, **values)
 
 
 def _check_rebuilds(model: nn.Module, architecture: str, arguments: dict[str, Any]) -> None:
@@ -325,20 +342,12 @@ def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
     except FileNotFoundError as error:
         raise SparsifinerError(f"{folder} holds no saved sparse model: {CONFIG_NAME} is missing") from error
     except (OSError, ValueError) as error:
-        raise SparsifinerError(f"{path} cannot be read: {error}") from error
-    names = {"format", "architecture", "model_args", "dtype", "config", "basis_grid", "dense_fingerprint"}
-    if not isinstance(settings, dict) or not names <= settings.keys():
-        raise SparsifinerError(
-            f"{path} is not the description of a saved sparse model; expected {', '.join(sorted(names))}"
-        )
-    if settings["format"] not in range(1, FORMAT + 1):
-        raise SparsifinerError(
-            f"{path} has format {settings['format']}, this version reads 1 to {FORMAT}; update sparsifiner"
-        )
+        raise SparsifinerError(f"{path} cannot be read: {one_line(error)}") from error
+    check_description(settings, path, FORMAT)
     if settings["format"] < 4 and isinstance(settings["config"], dict):
         settings["config"].setdefault("tail_refine", 0)
     return settings

@@ -4,5 +4,18 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException) -> str:
-    """What ``error`` says with line breaks folded, or its name if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What ``error`` says with line breaks folded, or its name if it says nothing.
+
+    torch and timm advise to load what they refuse to unpickle with ``weights_only=False``, which runs whatever the file
+    holds. That advice is not passed on.
+    """
+    text = " ".join(str(error).split())
+    if "weights_only" in text:
+        return "it is damaged, or a pickle that holds more than tensors and plain values, which is never loaded"
+    return text or type(error).__name__
+
+
+def shown(value: object, most: int = 80) -> str:
+    """``value`` as a message quotes it: its ``repr``, cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

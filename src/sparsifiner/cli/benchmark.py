@@ -145,13 +145,14 @@ def print_measured(found: list[Measured], console: Console) -> None:
 def _build(model: str, size: tuple[int, int]) -> Any:
     import timm
 
+    from .._utils.trust import create_model
     from ..models import load_model
 
     if model == "builtin":
         return load_model(model, img_size=size)
     if not timm.is_model(model):
         return load_model(model)  # which names near matches
-    return timm.create_model(model, img_size=size, num_classes=0).eval()
+    return create_model(model, img_size=size, num_classes=0).eval()
 
 
 def _parse_counts(text: str) -> list[int]:

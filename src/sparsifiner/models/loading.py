@@ -12,13 +12,18 @@ import timm
 import torch
 from torch import nn
 
-from .._utils.messages import one_line
+from .._utils.description import check_data
+from .._utils.messages import one_line, shown
+from .._utils.reading import read_json
+from .._utils.trust import check_architecture, check_model_args, create_model
 from ..errors import SparsifinerError
 from ..geometry.patch_grid import check_image_size
 from ..saving import CONFIG_NAME, from_pretrained
 from .builtin import BUILTIN
 
-TIMM_CONFIG_NAME = "config.json"
+TIMM_CONFIG_NAME, TIMM_WEIGHTS_NAME = "config.json", "model.safetensors"
+LOCAL = "local-dir:"
+"""What timm calls a folder in its own format."""
 
 
 def load_model(
@@ -28,6 +33,7 @@ def load_model(
     num_classes: int | None = None,
     pretrained: bool = True,
     model_args: Mapping[str, Any] | None = None,
+    trust_remote: bool = False,
 ) -> nn.Module:
     """A pretrained model in evaluation mode.
 
@@ -38,6 +44,8 @@ def load_model(
         num_classes: width of the classifier, which starts anew if the weights have another; their own if None.
         pretrained: whether to load the weights of a timm model; a folder's are always loaded.
         model_args: further arguments of ``timm.create_model``.
+        trust_remote: whether the description in a folder may say where else to load from, as in
+            :func:`~sparsifiner.from_pretrained`.
 
     Raises:
         ValueError: if there is no such model (near matches are named), its weights cannot be had, or it
@@ -48,15 +56,16 @@ def load_model(
             raise SparsifinerError(
                 f"{name} is a saved sparse model and has its own arguments; leave out {', '.join(model_args)}"
             )
-        model: Any = from_pretrained(name, img_size=img_size)
+        model: Any = from_pretrained(name, img_size=img_size, trust_remote=trust_remote)
         if num_classes is not None and num_classes != model.num_classes:
             model.reset_classifier(num_classes)
         return model.eval()
-    timm_name = _timm_name(name)
+    timm_name = _timm_name(name, trust_remote)
     asked = {"img_size": img_size, "num_classes": num_classes}
     settings: dict[str, Any] = {**(model_args or {}), **{key: v for key, v in asked.items() if v is not None}}
     try:
-        model = timm.create_model(timm_name, pretrained=pretrained or "local-dir:" in timm_name, **settings).eval()
+        pretrained = pretrained or timm_name.startswith(LOCAL)
+        model = create_model(timm_name, pretrained=pretrained, **settings).eval()
     except TypeError as error:
         raise SparsifinerError(f"{name} cannot be built with {settings}: {one_line(error)}") from error
     except Exception as error:  # a download can fail in as many ways as there are transports
@@ -68,10 +77,11 @@ def load_model(
     return model
 
 
-def _timm_name(name: str) -> str:
+def _timm_name(name: str, trust_remote: bool) -> str:
     """What ``timm.create_model`` calls the model ``name``."""
     if (Path(name) / TIMM_CONFIG_NAME).is_file():
-        return f"local-dir:{name}"
+        _check_timm_folder(Path(name), trust_remote)
+        return f"{LOCAL}{name}"
     if Path(name).is_dir():
         raise SparsifinerError(f"the folder {name} holds no saved model: {CONFIG_NAME} is missing")
     if name == "builtin":
@@ -80,11 +90,36 @@ def _timm_name(name: str) -> str:
     return name
 
 
+def _check_timm_folder(folder: Path, trust_remote: bool) -> None:
+    """Refuse a folder in timm's format that holds no weights but pickles, or whose description is none of timm's."""
+    path = folder / TIMM_CONFIG_NAME
+    try:
+        settings = read_json(path)
+    except (OSError, ValueError) as error:
+        raise SparsifinerError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(settings, dict) or "architecture" not in settings:
+        raise SparsifinerError(
+            f"{path} does not describe a timm model: it names no architecture; name a folder that train or "
+            f"save_pretrained has written"
+        )
+    if not (folder / TIMM_WEIGHTS_NAME).is_file():
+        raise SparsifinerError(
+            f"{folder / TIMM_WEIGHTS_NAME} is missing; copy it beside {TIMM_CONFIG_NAME} (pickles are not read)"
+        )
+    if not trust_remote:
+        check_architecture(settings["architecture"], path)
+        check_model_args(settings.get("model_args", {}), path)
+    pretrained_cfg = settings.get("pretrained_cfg", {})
+    if not isinstance(pretrained_cfg, dict):
+        raise SparsifinerError(f"pretrained_cfg in {path} must be named settings, got {shown(pretrained_cfg)}")
+    check_data(pretrained_cfg, path, "pretrained_cfg.")
+
+
 def _without_weights(timm_name: str, settings: Mapping[str, Any]) -> nn.Module | None:
     """The model at its own size, without memory; None if that fails, too."""
     try:
         with torch.device("meta"):
-            return timm.create_model(timm_name, **{key: v for key, v in settings.items() if key != "img_size"})
+            return create_model(timm_name, **{key: v for key, v in settings.items() if key != "img_size"})
     except Exception:
         return None
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .._utils.checks import choose
-from .._utils.messages import one_line
+from .._utils.messages import one_line, shown
+from .._utils.reading import read_text
 from .._utils.yaml12 import load_yaml
 from ..errors import SparsifinerError
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
@@ -30,17 +31,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ValueError: in one line, if the file cannot be read or something in it is unknown or out of range.
     """
-    import yaml
-
     path = Path(path)
     try:
-        settings = load_yaml(path.read_text())
+        settings = load_yaml(read_text(path))
     except OSError as error:
         raise SparsifinerError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SparsifinerError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(settings, dict):
-        raise SparsifinerError(f"{path} must hold named settings such as 'model: builtin', got {settings!r}")
+        raise SparsifinerError(f"{path} must hold named settings such as 'model: builtin', got {shown(settings)}")
     for override in overrides:
         _override(settings, override)
     try:
@@ -63,7 +62,7 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
 
 def _make(kind: type[T], settings: Any, where: str) -> T:
     if not isinstance(settings, Mapping):
-        raise SparsifinerError(f"{where} must hold named settings, got {settings!r}")
+        raise SparsifinerError(f"{where} must hold named settings, got {shown(settings)}")
     fields = tuple(item.name for item in dataclasses.fields(kind))  # type: ignore[arg-type]
     for name in settings:
         choose(f"setting {where + '.' if where else ''}{name}:", name, fields)
@@ -73,14 +72,12 @@ def _make(kind: type[T], settings: Any, where: str) -> T:
 
 
 def _override(settings: dict[str, Any], override: str) -> None:
-    import yaml
-
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise SparsifinerError(f"{override!r} is not an override; write name=value, such as data.path=photos")
     try:
         value = load_yaml(text)
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise SparsifinerError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
     *outer, last = name.split(".")
     place: Any = settings
@@ -92,7 +89,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
             place[part] = {}
         place = place[part]
         if not isinstance(place, (dict, list)):
-            raise SparsifinerError(f"{name} leads into {part}, which is the single value {place!r}")
+            raise SparsifinerError(f"{name} leads into {part}, which is the single value {shown(place)}")
     if isinstance(place, list):
         _item(place, last, name)
         place[int(last)] = value

