@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._utils.description import check_description
 from ._utils.digest import state_digest
-from ._utils.files import replacing, write_atomically
+from ._utils.files import make_folder, replacing, write_atomically
 from ._utils.messages import one_line
 from ._utils.reading import read_json
 from ._utils.trust import check_architecture, check_model_args, create_model
@@ -99,7 +99,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         }
     settings["weights_fingerprint"] = state_digest(state)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with replacing(folder / WEIGHTS_NAME) as temporary:
         save_file(_without_aliases(state), temporary)
     write_atomically(folder / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._utils.digest import digest
-from .._utils.files import replacing
+from .._utils.files import make_folder_of, replacing
 from ..errors import SparsifinerError
 
 
@@ -38,7 +38,7 @@ class State:
         if self.path.exists():
             self._read(self.path)
         else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder_of(self.path)
 
     def _read(self, path: Path) -> None:
         try:

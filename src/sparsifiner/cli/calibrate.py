@@ -42,7 +42,7 @@ def calibrate(
     ] = False,
 ) -> None:
     """Fit a sparse model to its own dense attention, without labels; an interrupted run continues when run again."""
-    from .._utils.files import check_writable, write_atomically
+    from .._utils.files import check_writable, make_folder, write_atomically
 
     size = parse_one_size(img_size, "calibrate")
     check_dtype(dtype)
@@ -62,7 +62,7 @@ def calibrate(
     loaded = load_model(model, img_size=size)
     settings = None if config is None else SparsifinerConfig.from_file(config)
     sparse = _sparse(loaded, settings, keep_rate).to(device=parse_device(device), dtype=getattr(torch, dtype))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     stderr = Console(stderr=True)
     try:
         with progress_on(stderr) as progress:
@@ -86,7 +86,7 @@ def calibrate(
     save_pretrained(sparse, folder)
     data = jsonlib.dumps(result.to_dict(), indent=2) + "\n"
     write_atomically(folder / RESULT_NAME, data)
-    (folder / STATE_NAME).unlink()
+    (folder / STATE_NAME).resolve().unlink()  # a link to another disk stays
     if json:
         print(data, end="")
         return

@@ -60,14 +60,14 @@ def validate(
     import torch
     from rich.console import Console
 
-    from .._utils.files import check_writable, write_atomically
+    from .._utils.files import check_file_writable, make_folder_of, write_atomically
     from .._utils.progress import progress_on
     from ..config import SparsifinerConfig
     from ..evaluation import validate as run
     from ..training.recipe import DataConfig
 
     if output is not None:
-        check_writable(output.parent)
+        check_file_writable(output)
     stderr = Console(stderr=True)
     with option_words(), progress_on(stderr) as progress:
         images = DataConfig(
@@ -89,7 +89,7 @@ def validate(
         say(stderr, f"skipped {name}: {reason}")
     text = json_module.dumps(result.to_dict(), indent=2) + "\n"
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_of(output)
         write_atomically(output, text)
     if json:
         print(text, end="")

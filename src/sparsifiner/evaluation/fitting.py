@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._utils.digest import digest, state_digest
-from .._utils.files import write_atomically
+from .._utils.files import make_folder, write_atomically
 from .._utils.progress import Progress
 from ..calibration import calibrate
 from ..errors import SparsifinerError
@@ -134,7 +134,7 @@ class CellModels:
 
     def _record(self, cell: Cell) -> None:
         """Note in the folder of ``cell`` what it is fitted by, before that begins: it may be interrupted."""
-        self._folder(cell).mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder(cell))
         write_atomically(self._folder(cell) / FIT_NAME, json.dumps(self._fit(cell), indent=1) + "\n")
 
     @cached_property

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .._utils.files import write_atomically
+from .._utils.files import make_folder, write_atomically
 from ..errors import SparsifinerError
 from .cell import DENSE, Cell, Row
 
@@ -55,7 +55,7 @@ def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell,
 
 def save_rows(folder: Path, purpose: dict[str, Any], rows: Iterable[Row]) -> None:
     """Write ``pareto.json`` and ``pareto.csv``, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rows = list(rows)
     content = {**purpose, "rows": [row.to_dict() for row in rows]}
     write_atomically(folder / RESULTS, json.dumps(content, indent=1) + "\n")

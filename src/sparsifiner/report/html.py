@@ -7,7 +7,7 @@ import io
 from importlib import resources
 from pathlib import Path
 
-from .._utils.files import check_writable, write_atomically
+from .._utils.files import check_writable, make_folder, write_atomically
 from ..measure.crossover import BreakEven
 from .contents import Report, seconds
 from .rows import layer_rows, macs, macs_share, table_rows
@@ -23,7 +23,7 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
         ValueError: if the folder cannot be written.
     """
     folder = check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     files: dict[str, bytes | str] = {
         **report.pictures,
         "report.html": render_html(report),

@@ -57,8 +57,9 @@ class Checkpoint:
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Replace the checkpoint of the folder."""
     values = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-    with replacing(folder / CHECKPOINT_NAME, sole_writer=True) as temporary:
-        torch.save({"format": FORMAT, **values}, temporary)
+    # Into a file of Python's: what torch says of a full disk otherwise names neither it nor the file.
+    with replacing(folder / CHECKPOINT_NAME, sole_writer=True) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **values}, file)
 
 
 def load_checkpoint(

@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .._utils.files import check_writable, write_atomically
+from .._utils.files import check_writable, make_folder, write_atomically
 from .._utils.progress import Progress
 from ..convert import always_sparse
 from ..errors import SparsifinerError
@@ -152,7 +152,7 @@ class Run:
     def all_phases(self) -> Result:
         """Run what is left of the recipe, and write the results."""
         found, first = self.checkpoint, 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if found is not None:
             first, self.history, self.broken = found.phase, found.history, found.broken
             self.student.load_state_dict(found.student)

@@ -12,7 +12,7 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import nn
 
-from .._utils.files import replacing
+from .._utils.files import make_folder, replacing
 from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..errors import SparsifinerError
 from ..methods import convert_with
@@ -112,7 +112,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     if is_converted(model):
         save_pretrained(model, folder)
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         save_for_hf(model, made, safe_serialization=True)
         for name in ("model.safetensors", "config.json"):
