@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("teacher")
     parser.add_argument("package")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/cifar10_sweep_longer.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("cifar10_sweep_longer"))
     parser.add_argument("--changes", nargs="*", default=[], help="to the recipe, such as phases.0.steps=100")
     parser.add_argument("--images", type=int, help="of the test set; all by default")
     parser.add_argument("--batch-size", type=int, default=100)

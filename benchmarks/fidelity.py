@@ -1,4 +1,4 @@
-"""Fidelity of the built-in model on a folder of photographs, for the settings that the README quotes.
+"""Fidelity of the built-in model on a folder of photographs, for the settings that docs/results.md quotes.
 
     python benchmarks/fidelity.py PHOTOS_FOLDER benchmarks/results/fidelity.json
     python benchmarks/fidelity.py PHOTOS_FOLDER benchmarks/results/fidelity-1456.json --size 1456 --every 10 \\

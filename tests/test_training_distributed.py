@@ -29,7 +29,7 @@ def run_by_two(*command):
 
 def train_by_two(recipe, output):
     """Each takes half of the recipe's batch of eight."""
-    command = f"-m sparsifiner.cli train --recipe {recipe} --cpu --output {output} batch_size=4"
+    command = f"-m sparsifiner train --recipe {recipe} --cpu --output {output} batch_size=4"
     return run_by_two(*command.split())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,10 +14,10 @@ from sparsifiner.training import student as student_module
 from sparsifiner.training import train
 from sparsifiner.training.phases import make_scheduler
 from sparsifiner.training.recipe import PhaseConfig, TrainConfig
-from sparsifiner.training.recipe_file import from_dict, load_recipe
+from sparsifiner.training.recipe_file import bundled_recipes, from_dict, load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = list(bundled_recipes().values())
 CLS = {"name": "cls", "epochs": 1}
 
 
@@ -33,7 +32,7 @@ def phase(name, **settings):
 
 @pytest.mark.parametrize("name", ["deit_small_imagenet", "lvvit_s_imagenet", "lvvit_m_imagenet"])
 def test_the_papers_runs_are_to_the_letter(name):
-    config = load_recipe(Path(__file__).parents[1] / "recipes" / f"{name}.yaml")
+    config = load_recipe(name)
     assert config.model.split(".")[0] == {"deit": "deit_small_patch16_224"}.get(name[:4], name[:7])
     assert config.teacher == "same"
     sparse = config.sparse_config()
@@ -58,7 +57,7 @@ def test_published_weights_come_from_a_file(tmp_path):
     small = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 3}
     published = timm.create_model("lvvit_s", **small)
     torch.save(published.state_dict(), tmp_path / "lvvit_s.pth.tar")
-    recipe = Path(__file__).parents[1] / "recipes" / "lvvit_s_imagenet.yaml"
+    recipe = "lvvit_s_imagenet"
     plain = load_recipe(recipe)
     assert plain.model_args["pretrained_cfg_overlay"]["file"].startswith("lvvit_s")
     arguments = {
@@ -213,6 +212,8 @@ def test_overrides_that_lead_nowhere_are_refused(tmp_path):
             load_recipe(path, [override])
     with pytest.raises(ValueError, match="cannot read the recipe"):
         load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="did you mean 'deit_small_imagenet'"):
+        load_recipe("deit_smal_imagenet")
     path.write_text("- 1")
     with pytest.raises(ValueError, match="must hold named settings"):
         load_recipe(path)

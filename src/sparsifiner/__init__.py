@@ -17,7 +17,7 @@ from .saving import from_pretrained, save_pretrained
 if TYPE_CHECKING:
     from .calibration import calibrate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Connectivity",

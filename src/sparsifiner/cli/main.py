@@ -6,7 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
+
+import typer
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -69,8 +71,6 @@ def _explain(error: Exception) -> int | None:
 
 def build_app() -> Any:
     """The typer application."""
-    import typer
-
     from .benchmark import benchmark
     from .calibrate import calibrate
     from .info import info
@@ -82,11 +82,10 @@ def build_app() -> Any:
     app = typer.Typer(
         name="sparsifiner",
         help="Sparse, instance-dependent attention for Vision Transformers.",
-        add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    app.callback()(_version)
+    app.callback()(_common)
     app.command()(report)
     app.command()(benchmark)
     app.command()(calibrate)
@@ -97,7 +96,19 @@ def build_app() -> Any:
     return app
 
 
-def _version() -> None:
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"sparsifiner {__version__}")
+        raise typer.Exit
+
+
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Sparse, instance-dependent attention for Vision Transformers."""
 
 

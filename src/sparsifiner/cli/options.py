@@ -7,6 +7,16 @@ from typing import Annotated
 
 import typer
 
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from ..training.recipe_file import bundled_recipes
+
+    return [name for name in bundled_recipes() if name.startswith(incomplete)]
+
+
+RECIPE = typer.Option(
+    help="YAML file, or a bundled recipe by name.", metavar="FILE|NAME", autocompletion=_complete_recipe
+)
 SavedModel = Annotated[
     str, typer.Option(help="builtin, a timm model name, or a folder of save_pretrained.", metavar="NAME|FOLDER")
 ]

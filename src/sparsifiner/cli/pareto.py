@@ -11,7 +11,7 @@ import typer
 from ..errors import SparsifinerError
 from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
 from .console import output_console, say
-from .options import BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
+from .options import RECIPE, BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ def pareto(
     methods: Annotated[str, typer.Option(help="Names, such as sparsifiner,paper,local.")] = "sparsifiner,local",
     keep_rate: Annotated[str, typer.Option(help="Keep rates, such as 0.5,0.25,0.1.")] = "0.5,0.25,0.1,0.05",
     stages: Annotated[str, typer.Option(help="Any of training-free, calibrated, fine-tuned.")] = "training-free",
-    recipe: Annotated[Path | None, typer.Option(help="Recipe of the fine-tuning, YAML.")] = None,
+    recipe: Annotated[Path | None, RECIPE] = None,
     img_size: ImageSize = None,
     num_images: Annotated[int | None, typer.Option(help="Images to measure on; all by default.", min=1)] = None,
     calibration_images: Annotated[int, typer.Option(help="Training images to calibrate on.", min=1)] = 64,

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from .console import say
+from .options import RECIPE
 
 
 def train(
-    recipe: Annotated[Path, typer.Option(help="YAML file; recipes/ holds some.")],
+    recipe: Annotated[Path, RECIPE],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to it, such as data.path=photos phases.0.lr=1e-4.", metavar="[NAME=VALUE]..."),

@@ -69,7 +69,7 @@ class Sweep:
 
     def _check_recipe(self) -> None:
         if self.recipe is None:
-            raise SparsifinerError("fine-tuned cells need a recipe; recipes/cifar10_sweep.yaml is one")
+            raise SparsifinerError("fine-tuned cells need a recipe; --recipe cifar10_sweep is one")
         for number, phase in enumerate(self.recipe.phases):
             if phase.keep_rate is not None:
                 raise SparsifinerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,18 +21,24 @@ WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.worker
 T = TypeVar("T")
 
 
+def bundled_recipes() -> dict[str, Path]:
+    """Recipes that ship with the package: name and file of each, sorted by name."""
+    folder = Path(str(files("sparsifiner") / "data" / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one that ships with the package, such as ``deit_small_imagenet``.
         overrides: ``name=value`` each, the value in YAML; dots lead inwards: ``data.path=photos``,
             ``phases.0.lr=1e-4``, ``sparsity=null``.
 
     Raises:
         ValueError: in one line, if the file cannot be read or something in it is unknown or out of range.
     """
-    path = Path(path)
+    path = _locate(Path(path))
     try:
         settings = load_yaml(read_text(path))
     except OSError as error:
@@ -46,6 +53,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         return from_dict(settings)
     except ValueError as error:
         raise SparsifinerError(f"{path}: {error}") from error
+
+
+def _locate(path: Path) -> Path:
+    """The file of a recipe; a bare name without suffix means a bundled one, unless a file is called so."""
+    if path.suffix or path.name != str(path) or path.is_file():
+        return path
+    bundled = bundled_recipes()
+    choose("recipe", path.name, tuple(bundled))
+    return bundled[path.name]
 
 
 def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
