@@ -55,7 +55,7 @@ def test_every_level_runs_or_says_why_not(capsys) -> None:
 
 
 def test_a_missing_module_is_explained(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_missing", "there is no compiled module")
+    monkeypatch.setattr(cpu.binding, "_missing", "there is no compiled module")
     text = run(["info"], capsys)
     assert "native kernels: no: there is no compiled module" in text
     assert "auto, cpu, float32: gather: native cannot run here: there is no compiled module" in text

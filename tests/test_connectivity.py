@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner import Connectivity, Tiling
-from sparsifiner.ops.pooling import count_unkept
+from sparsifiner.ops import count_unkept
 from sparsifiner.ops.tail import group_keys
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from test_operator import Problem, make
 from sparsifiner import SparsifinerConfig, calibrate, sparse_attention, sparsify
 from sparsifiner.evaluation import run_sweep, validate
 from sparsifiner.methods import METHODS, convert_with
-from sparsifiner.ops import chunks
+from sparsifiner.ops.gather import chunks
 from sparsifiner.training import DataConfig, train
 
 pytestmark = [

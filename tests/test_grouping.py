@@ -12,9 +12,8 @@ from torch import Tensor
 import sparsifiner
 from sparsifiner import Connectivity, SparsifinerConfig, Tiling, sparse_attention
 from sparsifiner.convert import always_sparse
-from sparsifiner.ops import cpu
-from sparsifiner.ops.grouping import blocks_around, group_patches, grouping_macs, pool_groups
-from sparsifiner.ops.pooling import count_unkept
+from sparsifiner.ops import count_unkept, cpu, group_patches, pool_groups
+from sparsifiner.ops.group_patches import blocks_around, grouping_macs
 from sparsifiner.ops.tail import group_keys, tail_groups
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -113,7 +112,7 @@ def _square(x: Tensor, means: Tensor, member: Tensor, prefix: int) -> Tensor:
 @pytest.mark.parametrize("native", [True, False])
 def test_log_counts_of_groups(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
-        monkeypatch.setattr(cpu, "_missing", "left out by a test")
+        monkeypatch.setattr(cpu.binding, "_missing", "left out by a test")
     elif cpu.why_missing() is not None:
         pytest.skip(str(cpu.why_missing()))
     tiling = Tiling((9, 10), (4, 4), 2)
@@ -127,7 +126,7 @@ def test_log_counts_of_groups(native: bool, monkeypatch: pytest.MonkeyPatch) -> 
     left = (1 - listed[..., 2:]) @ F.one_hot(groups.member.long(), groups.blocks.num_tiles).float()
     torch.testing.assert_close(counts, left)
     with pytest.raises(ValueError, match="member must"):
-        sparsifiner.ops.pooling.native_count_unkept(indices, None, groups.member[:, :2], 9, 10, 3, 4, 2)
+        count_unkept(indices, None, groups.blocks, groups.member[:, :2])
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -138,7 +137,7 @@ def test_training_groups_as_inference_does(autocast: bool, monkeypatch: pytest.M
     want = group_patches(x, blocks, 2)
     for native in (True, False):
         if not native:
-            monkeypatch.setattr(cpu, "_missing", "left out by a test")
+            monkeypatch.setattr(cpu.binding, "_missing", "left out by a test")
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             member, means, distance = group_patches(x.clone().requires_grad_(), blocks, 2)
         assert torch.equal(member, want[0])
@@ -221,7 +220,7 @@ def test_the_torch_path_and_the_kernels_agree_on_a_model(tiny_vit, images, monke
     x = images(2, 3, 32, 32)
     with torch.no_grad():
         want = sparse(x)
-        monkeypatch.setattr(cpu, "_missing", "left out by a test")
+        monkeypatch.setattr(cpu.binding, "_missing", "left out by a test")
         torch.testing.assert_close(sparse(x), want, rtol=1e-3, atol=1e-4)
 
 
@@ -230,16 +229,16 @@ def test_library_contracts() -> None:
         pytest.skip(str(cpu.why_missing()))
     ops, checks = torch.ops.sparsifiner, ("test_schema", "test_faketensor")
     x = torch.randn(1, 2, 91, 32)
-    member, _, _ = ops.native_group_patches(x, 9, 10, 4, 4, 1, 2)
-    torch.library.opcheck(ops.native_group_patches, (x, 9, 10, 4, 4, 1, 2), test_utils=checks)
-    torch.library.opcheck(ops.native_pool_groups, (x, member, 9, 10, 4, 4, 1), test_utils=checks)
+    member, _, _ = ops.group_patches(x, 9, 10, 4, 4, 1, 2, "native")
+    torch.library.opcheck(ops.group_patches, (x, 9, 10, 4, 4, 1, 2, "native"), test_utils=checks)
+    torch.library.opcheck(ops.pool_groups, (x, member, 9, 10, 4, 4, 1, "native"), test_utils=checks)
     indices = torch.zeros(1, 2, 9, 3, dtype=torch.int32)
-    torch.library.opcheck(ops.native_count_unkept, (indices, None, member, 9, 10, 4, 4, 1), test_utils=checks)
+    torch.library.opcheck(ops.count_unkept, (indices, None, member, 9, 10, 4, 4, 1, "native"), test_utils=checks)
     with pytest.raises(ValueError, match="x must have 91 tokens"):
-        ops.native_group_patches(x[:, :, :80], 9, 10, 4, 4, 1, 2)
+        ops.group_patches(x[:, :, :80], 9, 10, 4, 4, 1, 2, "native")
     with pytest.raises(ValueError, match="member must be int32"):
-        ops.native_pool_groups(x, member.long(), 9, 10, 4, 4, 1)
+        ops.pool_groups(x, member.long(), 9, 10, 4, 4, 1, "native")
     member[0, 1, 89] = 0  # the last patch, in the group of the first block
     with pytest.raises(IndexError, match="member: patch 89 is in group 0, which is none of those around its block"):
-        ops.native_pool_groups(x, member, 9, 10, 4, 4, 1)
+        ops.pool_groups(x, member, 9, 10, 4, 4, 1, "native")
     assert count_unkept(indices, None, Tiling((9, 10), (4, 4), 1)).isfinite().all()

@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner import Connectivity, Tail, Tiling, sparse_attention
-from sparsifiner.ops import choose_backend, cpu, why_not
-from sparsifiner.ops.pooling import count_unkept
-from sparsifiner.ops.selection import top_keys
+from sparsifiner.ops import choose_backend, count_unkept, cpu, top_keys, why_not
 from sparsifiner.ops.tail import group_keys
 
 pytestmark = [
@@ -261,18 +259,18 @@ def test_library_contracts() -> None:
     assert tail is not None
     checks = ("test_schema", "test_faketensor")
     indices = problem.connectivity.indices
-    attention = (tiling.tokens(indices.device), indices, None, tail.k, tail.v, tail.bias, 1, 0.2)
+    attention = (tiling.tokens(indices.device), indices, None, tail.k, tail.v, tail.bias, None, 1, 0.2, "native")
     ops = torch.ops.sparsifiner
-    torch.library.opcheck(ops.native_attention, (problem.q, problem.k, problem.v, *attention), test_utils=checks)
-    torch.library.opcheck(ops.native_topk, (torch.randn(3, 40), 7), test_utils=checks)
-    torch.library.opcheck(ops.native_pool_blocks, (problem.k, 9, 10, 4, 4, 1), test_utils=checks)
-    torch.library.opcheck(ops.native_count_unkept, (indices, None, None, 9, 10, 4, 4, 1), test_utils=checks)
-    torch.library.opcheck(ops.native_block_distances, (problem.v, 9, 10, 4, 4, 1), test_utils=checks)
+    torch.library.opcheck(ops.attend, (problem.q, problem.k, problem.v, *attention), test_utils=checks)
+    torch.library.opcheck(ops.topk, (torch.randn(3, 40), 7, "native"), test_utils=checks)
+    torch.library.opcheck(ops.pool_blocks, (problem.k, 9, 10, 4, 4, 1, "native"), test_utils=checks)
+    torch.library.opcheck(ops.count_unkept, (indices, None, None, 9, 10, 4, 4, 1, "native"), test_utils=checks)
+    torch.library.opcheck(ops.block_distances, (problem.v, 9, 10, 4, 4, 1, "native"), test_utils=checks)
     tokens, group_of = problem.connectivity.tiling.tokens(indices.device), torch.arange(16, dtype=torch.int32) // 4
-    torch.library.opcheck(ops.native_group_queries, (problem.q, tokens, group_of, 4, 2), test_utils=checks)
+    torch.library.opcheck(ops.group_queries, (problem.q, tokens, group_of, 4, 2, "native"), test_utils=checks)
     pooled = problem.q[:, :, None, :4].expand(-1, -1, 3, -1, -1)
     weight = torch.rand(*problem.k.shape[:2], problem.k.shape[2] - 1)
-    torch.library.opcheck(ops.native_tile_keys, (pooled, problem.k, weight, 1, 5, 0.25, False), test_utils=checks)
+    torch.library.opcheck(ops.tile_keys, (pooled, problem.k, weight, 1, 5, 0.25, False, "native"), test_utils=checks)
 
 
 def test_flops_are_those_of_gather() -> None:

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from torch_choice import choose_by_torch
 
 from sparsifiner import SparsifinerConfig, Tiling
-from sparsifiner.ops import cpu
-from sparsifiner.ops.pooling import pool_blocks
-from sparsifiner.ops.selection import native_group_queries, native_tile_keys, native_topk
+from sparsifiner.ops import cpu, group_queries, pool_blocks, tile_keys, top_keys
 from sparsifiner.ops.tail import group_keys
 from sparsifiner.predictors import PooledPredictor, build_predictor
 
@@ -61,7 +59,7 @@ def test_topk_is_exact(level: str, row: tuple[int, int, str, torch.dtype, int]) 
         scores = (scores * 30).softmax(-1)
     scores = scores.to(dtype)
     with cpu.force_level(level):
-        got = native_topk(scores, count)
+        got = top_keys(scores, count, "native")
     assert got.dtype == torch.int32
     want = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
     assert torch.equal(got.long(), want)
@@ -70,16 +68,21 @@ def test_topk_is_exact(level: str, row: tuple[int, int, str, torch.dtype, int]) 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
-def test_topk_refuses_nan(level: str, nan: float) -> None:
+def test_nan_counts_as_the_highest_score(level: str, nan: float) -> None:
+    """As in torch.topk; the other rows are as they would be alone."""
     scores = torch.randn(5, 100)
+    want = top_keys(scores, 10, "reference")
     scores[3, 99] = nan
-    with cpu.force_level(level), pytest.raises(ValueError, match="row 3 of the scores holds NaN"):
-        native_topk(scores, 10)
+    with cpu.force_level(level):
+        got = top_keys(scores, 10, "native")
+    assert torch.equal(got[[0, 1, 2, 4]], want[[0, 1, 2, 4]])
+    assert got[3, -1] == 99
+    assert torch.equal(got[3], top_keys(scores, 10, "reference")[3])
 
 
 def test_topk_refuses_more_than_there_is() -> None:
     with pytest.raises(ValueError, match="0 <= k <= 4"):
-        native_topk(torch.zeros(1, 4), 5)
+        top_keys(torch.zeros(1, 4), 5, "native")
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -121,7 +124,7 @@ def test_groups_and_stakes_are_those_of_torch(
     start = Tiling(tile, predictor.group_block(tiling)).tile_of_patch(q.device).to(torch.int32)
     steps = predictor.config.query_refine if weights.shape[3] < tiling.tile_size else 0
     with cpu.force_level(level):
-        got = native_group_queries(q, tiling.tokens(q.device), start, weights.shape[3], steps)
+        got = group_queries(q, tiling.tokens(q.device), start, weights.shape[3], steps, "native")
     assert got.shape == want.shape
     # A query halfway between two centres may join either; all others must agree. In a border tile several groups
     # can start as copies of the first query, equally near to it.
@@ -160,7 +163,7 @@ def test_rounded_scores_select_the_best_keys(
     weight = torch.rand(2, 2, num_tokens - 1, generator=g) + 0.01 if weighted else None
     count = 1 + int(share * (num_tokens - 2))
     with cpu.force_level(level):
-        got = native_tile_keys(pooled, k, weight, 1, count, width**-0.5, False).long()
+        got = tile_keys(pooled, k, weight, 1, count, width**-0.5, False, "native").long()
     assert (got[..., 0] == 0).all()
     assert (got.diff(dim=-1) > 0).all()
     rounded_keys = rounded_for_scores(level, k)[:, :, None, 1:]
@@ -178,13 +181,22 @@ def test_rounded_scores_select_the_best_keys(
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("where", ["query", "key", "last key"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_no_numbers_are_refused(level: str, where: str, value: float) -> None:
+def test_scores_that_are_no_numbers_concern_their_image_only(level: str, where: str, value: float) -> None:
+    """A key that is no number is kept, so that attention shows it; other images choose what they choose alone."""
     pooled, k = torch.randn(2, 1, 1, 3, 2, 48)[0], torch.randn(1, 1, 70, 48)
+    others, other_keys = torch.randn(2, 1, 3, 2, 48), torch.randn(2, 1, 70, 48)
     row = {"query": pooled[0, 0, 1, 0], "key": k[0, 0, 5], "last key": k[0, 0, 69]}[where]
     row[7:9] = torch.tensor([value, -value])  # the difference of two infinities is no number
     pooled[..., 7:9], k[..., 7:9] = pooled[..., 7:9].abs(), k[..., 7:9].abs()
-    with cpu.force_level(level), pytest.raises(ValueError, match="hold NaN"):
-        native_tile_keys(pooled, k, None, 0, 7, 0.15, False)
+    batch, keys = torch.cat([others[:1], pooled, others[1:]]), torch.cat([other_keys[:1], k, other_keys[1:]])
+    with cpu.force_level(level):
+        got = tile_keys(batch, keys, None, 0, 7, 0.15, False, "native")
+        want = tile_keys(others, other_keys, None, 0, 7, 0.15, False, "native")
+    assert torch.equal(got[[0, 2]], want)
+    assert (got.diff(dim=-1) > 0).all()
+    assert ((got >= 0) & (got < 70)).all()
+    if where != "query":
+        assert (got[1] == {"key": 5, "last key": 69}[where]).any(-1).all()
 
 
 @pytest.mark.parametrize("level", ROUNDING_LEVELS)
@@ -192,7 +204,7 @@ def test_scores_that_are_no_numbers_are_refused(level: str, where: str, value: f
 def test_tiny_and_huge_keys_can_be_scored(level: str, size: float) -> None:
     pooled, k = torch.randn(1, 1, 3, 2, 48), torch.randn(1, 1, 70, 48) * size
     with cpu.force_level(level):
-        chosen = native_tile_keys(pooled, k, None, 0, 7, 0.15, False)
+        chosen = tile_keys(pooled, k, None, 0, 7, 0.15, False, "native")
     assert (chosen.diff(dim=-1) > 0).all()
     if size == 1e15:  # the best key by far has all of the probability
         best = (pooled @ k.mT[:, :, None]).flatten(3).argmax(-1) % 70
@@ -225,8 +237,8 @@ def test_long_rows_select_what_single_tiles_select(level: str, members: int) -> 
     g = torch.Generator().manual_seed(0)
     pooled, k = torch.randn(1, 1, 5, members, 16, generator=g), torch.randn(1, 1, 30_001, 16, generator=g)
     with cpu.force_level(level):
-        together = native_tile_keys(pooled, k, None, 1, 40, 0.25, False)
-        alone = [native_tile_keys(pooled[:, :, tile : tile + 1], k, None, 1, 40, 0.25, False) for tile in range(5)]
+        together = tile_keys(pooled, k, None, 1, 40, 0.25, False, "native")
+        alone = [tile_keys(pooled[:, :, tile : tile + 1], k, None, 1, 40, 0.25, False, "native") for tile in range(5)]
     assert torch.equal(together, torch.cat(alone, dim=2))
     scores = (pooled.double() @ k[:, :, None, 1:].double().transpose(-1, -2) * 0.25).log_softmax(-1).amax(-2)
     # The same sum over the chosen scores, but for those that rounding makes equal to the last one.

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner import Connectivity, Tail, Tiling, sparse_attention
-from sparsifiner.ops import BACKENDS, chunks, why_not
+from sparsifiner.ops import BACKENDS, why_not
+from sparsifiner.ops.gather import chunks
 from sparsifiner.ops.tail import group_keys
 
 FAST = [name for name in BACKENDS if name != "reference"]
@@ -297,14 +298,14 @@ def test_shape_errors_name_the_tensor_and_what_was_expected() -> None:
         p.run("gather", q=p.q.long())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     p = make(padding=True, bias=True).to(dtype)
     assert p.tail is not None
-    leaves = [x.requires_grad_() for x in (p.q, p.k, p.v)]
     arguments = (
-        *leaves,
+        p.q,
+        p.k,
+        p.v,
         p.connectivity.tiling.tokens(p.q.device),
         p.connectivity.indices,
         p.connectivity.bias,
@@ -314,9 +315,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
         p.attn_bias,
         1,
         0.25,
+        "gather",
     )
     tolerances = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.library.opcheck(torch.ops.sparsifiner.gather_attention.default, arguments, **tolerances)
+    torch.library.opcheck(torch.ops.sparsifiner.attend.default, arguments, **tolerances)
+    backward = torch.ops.sparsifiner.attend_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(p.q), *arguments), **tolerances)
 
 
 def test_flop_counter_sees_the_operator() -> None:

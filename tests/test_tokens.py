@@ -24,7 +24,7 @@ from sparsifiner.geometry.patch_grid import PatchGrid
 from sparsifiner.geometry.subset import SubsetTiling, z_order
 from sparsifiner.measure.fidelity import measure_fidelity
 from sparsifiner.models import from_reference
-from sparsifiner.ops.pooling import count_unkept
+from sparsifiner.ops import count_unkept
 from sparsifiner.reduction import merge_tokens
 from sparsifiner.reduction.pruning import PruningBlock, is_pruned
 from sparsifiner.report.maps import attention_maps

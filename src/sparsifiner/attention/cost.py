@@ -11,7 +11,9 @@ from torch import Tensor
 from ..config import SparsifinerConfig, num_kept
 from ..geometry.tiling import Tiling
 from ..ops import cpu
-from ..ops.grouping import grouping_macs
+from ..ops.attend import ATTEND
+from ..ops.group_patches import grouping_macs
+from ..ops.registry import refusal
 
 # Sparse must be predicted to take less than this share of dense: the model of the cost is 15 to 25 % off.
 MARGIN = 0.9
@@ -70,7 +72,7 @@ def sparse_pays(
         attn_bias: as in ``sparse_attention``; the native kernels take none.
     """
     batch, heads, _, width = q.shape
-    if attn_bias is not None or cpu.why_not(q) is not None or cpu.why_not_width(width) is not None:
+    if refusal(ATTEND, "native", False, {"q": q, "attn_bias": attn_bias}) is not None:
         return False
     return predicted_share(config, q.dtype, batch, heads, width, tiling, score_macs) < MARGIN
 

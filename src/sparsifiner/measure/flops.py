@@ -17,7 +17,7 @@ from ..attention.adapters.scored import ScoredAttention, SparseScoredAttention
 from ..attention.layer import LayerRecord, SparseAttention
 from ..errors import SparsifinerError
 from ..geometry.tiling import Tiling
-from ..ops.grouping import grouping_macs
+from ..ops.group_patches import grouping_macs
 from ..predictors import LowRankPredictor, Predictor
 from ..recording import record
 

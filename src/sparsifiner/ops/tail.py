@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ..config import SparsifinerConfig
 from ..geometry.tiling import Tiling
+from .block_distances import block_distances
 from .connectivity import Connectivity
-from .grouping import group_patches, pool_groups
-from .pooling import count_unkept, distance_from_block, pool_blocks
+from .count_unkept import count_unkept
+from .group_patches import group_patches
+from .pool_blocks import pool_blocks
+from .pool_groups import pool_groups
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def group_keys(k: Tensor, v: Tensor, blocks: Tiling, steps: int = 0) -> KeyGroup
         steps: how often patches are regrouped (Lloyd); 0 leaves the blocks.
     """
     if not steps:
-        return KeyGroups(blocks, None, pool_blocks(k, blocks), pool_blocks(v, blocks), distance_from_block(v, blocks))
+        return KeyGroups(blocks, None, pool_blocks(k, blocks), pool_blocks(v, blocks), block_distances(v, blocks))
     member, mean_value, distance = group_patches(v, blocks, steps)
     return KeyGroups(blocks, member, pool_groups(k, member, blocks), mean_value, distance)
 

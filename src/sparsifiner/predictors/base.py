@@ -12,8 +12,8 @@ from ..config import SparsifinerConfig, num_kept
 from ..errors import SparsifinerError
 from ..geometry.tiling import Tiling
 from ..ops.connectivity import Connectivity
-from ..ops.selection import top_keys
 from ..ops.tail import KeyGroups, tail_groups
+from ..ops.topk import top_keys
 
 # Scores held at once; 16,384 tokens in 4x4 tiles would otherwise need 1.6 GB per layer.
 CHUNK_BYTES = 64 * 2**20

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry.tiling import Tiling
 from ..ops.connectivity import Connectivity
-from ..ops.selection import native_group_queries, native_screened_keys, native_tile_keys, why_not_tile_keys
+from ..ops.group_queries import filled, group_queries, group_weights, tile_queries
+from ..ops.screened_keys import screened_keys
+from ..ops.tile_keys import key_scores, pooled_logits, tile_keys
 from .base import Predictor, TileScores
-from .screening import Screening, num_screened_blocks, screening_blocks
+from .screening import num_screened_blocks, screening_blocks
 
 
 class PooledPredictor(Predictor):
@@ -30,28 +31,17 @@ class PooledPredictor(Predictor):
     ) -> tuple[TileScores, int]:
         first = self.first_candidate(tiling)
         groups = self.groups(q, tiling)  # [B, H, T, G, S]
-        tokens = _tile_tokens(tiling, q.device)
-        pooled = groups @ _tile_queries(q, tokens) * scale  # [B, H, T, G, D]
-        candidates = k[:, :, first:].transpose(-1, -2)
-        weights_of_keys = None if stakes is None else stakes[:, :, None]
-        num_blocks = None if attn_bias is not None else self.num_screened_blocks(tiling)
-        screening = None if num_blocks is None else Screening.of(k, stakes, tiling, num_blocks)
+        tile_tokens = tiling.tokens(q.device)
+        pooled = groups @ tile_queries(q, tile_tokens) * scale  # [B, H, T, G, D]
+        candidates, tokens = k[:, :, first:].mT, filled(tile_tokens)
         by_sum = self.config.reduction == "sum"
 
         def scores(start: int, stop: int) -> Tensor:
-            part = pooled[:, :, start:stop]
-            logits = (part.flatten(2, 3) @ candidates).unflatten(2, part.shape[2:4])
+            logits = pooled_logits(pooled[:, :, start:stop], candidates)
             if attn_bias is not None:
                 rows = attn_bias[:, :, tokens[start:stop].flatten(), first:].unflatten(2, (stop - start, -1))
                 logits = logits + groups[:, :, start:stop] @ rows
-            left_out = None if screening is None else ~screening.choose(part, by_sum)
-            if left_out is not None:
-                logits = logits.masked_fill(left_out[:, :, :, None], float("-inf"))
-            weights = logits.softmax(-1)
-            needed = weights.sum(3) if by_sum else weights.amax(3)
-            if weights_of_keys is not None:
-                needed = needed * weights_of_keys
-            return needed if left_out is None else needed.masked_fill(left_out, -1.0)
+            return key_scores(logits, stakes, by_sum)
 
         batch, heads, num_tokens, _ = q.shape
         rows_per_tile = 2 * groups.shape[3] + (0 if attn_bias is None else tiling.tile_size)
@@ -68,18 +58,15 @@ class PooledPredictor(Predictor):
     def choose(
         self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
     ) -> Connectivity:
-        blocks = Tiling(tiling.tile, self.group_block(tiling))
-        if attn_bias is not None or why_not_tile_keys(q, blocks.num_tiles) is not None:
+        if attn_bias is not None:  # the operations know of none
             return super().choose(q, k, stakes, tiling, scale, attn_bias)
-        tokens, group_of = tiling.tokens(q.device), blocks.tile_of_patch(q.device).to(torch.int32)
-        pooled = native_group_queries(q, tokens, group_of, blocks.num_tiles, self.config.query_refine)
+        pooled = group_queries(q, *self._groups_at_first(tiling, q.device), self.config.query_refine)
         first, count, num_blocks = self.first_candidate(tiling), self.num_keep(tiling), self.num_screened_blocks(tiling)
         by_sum = self.config.reduction == "sum"
         if num_blocks is None:
-            return Connectivity(tiling, native_tile_keys(pooled, k, stakes, first, count, scale, by_sum))
-        shape = (*tiling.grid, *screening_blocks(tiling).tile)
-        indices = native_screened_keys(pooled, k, stakes, *shape, first, num_blocks, count, scale, by_sum)
-        return Connectivity(tiling, indices)
+            return Connectivity(tiling, tile_keys(pooled, k, stakes, first, count, scale, by_sum))
+        blocks = screening_blocks(tiling)
+        return Connectivity(tiling, screened_keys(pooled, k, stakes, blocks, num_blocks, count, scale, by_sum))
 
     def num_screened_blocks(self, tiling: Tiling) -> int | None:
         """Blocks per tile whose keys are scored one by one; None where every key is."""
@@ -91,40 +78,14 @@ class PooledPredictor(Predictor):
 
     def groups(self, q: Tensor, tiling: Tiling) -> Tensor:
         """Groups of each tile's queries as averaging weights, rows that sum to 1, ``[B, H, T, G, S]``."""
+        return group_weights(q, *self._groups_at_first(tiling, q.device), self.config.query_refine)
+
+    def _groups_at_first(self, tiling: Tiling, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """Tokens of each tile, the group each of its queries starts in, and the number of groups."""
         blocks = Tiling(tiling.tile, self.group_block(tiling))
-        member, num_groups = blocks.tile_of_patch(q.device), blocks.num_tiles  # [S]
-        tokens = _tile_tokens(tiling, q.device)
-        queries = _tile_queries(q, tokens)
-        weights = _averaging(F.one_hot(member, num_groups).mT.to(q.dtype)).expand(*queries.shape[:3], -1, -1)
-        if num_groups == queries.shape[3]:
-            return weights
-        for _ in range(self.config.query_refine):
-            centres = weights @ queries
-            # The nearest centre: |q - c|^2 without the part that is the same for all centres.
-            nearness = centres @ queries.mT - centres.square().sum(-1, keepdim=True) / 2
-            nearest = nearness.argmax(3, keepdim=True)
-            assigned = torch.zeros_like(nearness).scatter_(3, nearest, 1.0)
-            # A group that lost all its queries keeps its old mean.
-            weights = torch.where(assigned.sum(-1, keepdim=True) > 0, _averaging(assigned), weights)
-        return weights
+        return tiling.tokens(device), blocks.tile_of_patch(device).to(torch.int32), blocks.num_tiles
 
     def group_block(self, tiling: Tiling) -> tuple[int, int]:
         """Rows and columns of the sub-blocks that a tile's groups start as."""
         (height, width), (rows, columns) = tiling.tile, tiling.rectangle(self.config.query_pool)
         return (rows if height % rows == 0 else 1, columns if width % columns == 0 else 1)
-
-
-def _tile_tokens(tiling: Tiling, device: torch.device) -> Tensor:
-    """Tokens of each tile ``[T, S]``; where a border tile sticks out, its first token again."""
-    tokens = tiling.tokens(device).long()
-    return torch.where(tokens >= 0, tokens, tokens[:, :1])
-
-
-def _tile_queries(q: Tensor, tokens: Tensor) -> Tensor:
-    """Queries of each tile, ``[B, H, T, S, D]``."""
-    return q[:, :, tokens.flatten()].unflatten(2, tokens.shape)
-
-
-def _averaging(assigned: Tensor) -> Tensor:
-    """0/1 memberships ``[..., G, S]`` to averaging weights; an empty group gives zeros."""
-    return assigned / assigned.sum(-1, keepdim=True).clamp(min=1)

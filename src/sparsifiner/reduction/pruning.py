@@ -21,7 +21,7 @@ from ..config import check_keep_rate, num_kept
 from ..errors import SparsifinerError
 from ..geometry.patch_grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
 from ..geometry.subset import z_order
-from ..ops.selection import top_keys
+from ..ops.topk import top_keys
 from .blocks import ReducingBlock, check_reducible, refuse_maps
 
 

@@ -1,133 +1,63 @@
-"""The compiled CPU kernels: whether they are there, at which instruction set they run, and how they are called."""
+"""The backend ``native``: kernels in C++ (``csrc/``) for CPU inference in float32 and bfloat16."""
 
 from __future__ import annotations
-
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import SparsifinerError
+from ..registry import register_backend
+from . import binding, kernels
+from .binding import force_level, level, levels, missing_levels, why_missing
+
+__all__ = ["binding", "force_level", "level", "levels", "missing_levels", "why_missing", "why_not"]
 
 DTYPES = (torch.float32, torch.bfloat16)
-LEVEL_VARIABLE = "SPARSIFINER_CPU_LEVEL"
-
-_missing: str | None = None
-_level: str | None = None  # what the kernels would say; a compiler that traces cannot ask them
-try:
-    _native: Any = import_module("sparsifiner._native")
-except ImportError as error:
-    _missing = (
-        f"the compiled module sparsifiner._native is not there ({error}); install a C++17 compiler "
-        f"(g++ or clang) and run `pip install --force-reinstall --no-deps sparsifiner` to build it"
-    )
-else:
-    try:
-        _native.force_level(os.environ.get(LEVEL_VARIABLE, ""))
-        _level = str(_native.level())
-    except ValueError as error:
-        _missing = f"{LEVEL_VARIABLE} asks for what this machine cannot do: {error}"
+MOST_POOLED_QUERIES = 256  # of a tile
 
 
-def why_missing() -> str | None:
-    """Why the compiled kernels cannot be used on this machine, in words, or None if they can."""
-    return _missing
-
-
-def levels() -> list[str]:
-    """Instruction sets this machine can run, best last: ``portable``, ``avx2``, ``avx512``, ``avx512bf16``, ``amx``."""
-    return [] if _missing is not None else list(_native.levels())
-
-
-def missing_levels() -> dict[str, str]:
-    """Why each of the other instruction sets cannot run here, in words."""
-    return {} if _missing is not None else dict(_native.reasons_against())
-
-
-def level() -> str | None:
-    """The instruction set the kernels run with."""
-    return None if _missing is not None else _level
-
-
-@contextmanager
-def force_level(name: str) -> Iterator[None]:
-    """Run the kernels with the instruction set ``name``, in all threads. For tests and comparisons.
-
-    Besides :func:`levels` there is ``amx_emulated``, on every machine: the ``amx`` kernels with each tile instruction
-    carried out by plain C++. It is slow and never chosen by itself; it shows what ``amx`` computes where there is none.
-
-    Raises:
-        ValueError: if it is unknown or this machine does not have it.
-    """
-    if _missing is not None:
-        raise SparsifinerError(_missing)
-    before = str(_native.level())
-    _set_level(name)
-    try:
-        yield
-    finally:
-        _set_level(before)
-
-
-def _set_level(name: str) -> None:
-    global _level
-    _native.force_level(name)
-    _level = str(_native.level())
-
-
-def why_not(x: Tensor) -> str | None:
-    """Why the kernels cannot read tensors like ``x``, in words, or None if they can."""
-    if _missing is not None:
-        return _missing
-    if x.device.type != "cpu":
-        return f"it runs on CPUs, the tensors are on {x.device.type}"
-    if x.dtype not in DTYPES:
-        return f"it computes in float32 and bfloat16, not in {str(x.dtype).removeprefix('torch.')}"
+def why_not(operation: str, *, needs_gradients: bool, **arguments: object) -> str | None:
+    """Why the kernel of an operation cannot serve a call, in words, or None if it can."""
+    reason = why_missing()
+    if reason is not None:
+        return reason
+    if operation == "count_unkept":
+        return None
+    x = next((x for x in arguments.values() if isinstance(x, Tensor)), None)
+    if x is not None:
+        if x.dtype not in DTYPES:
+            return f"it computes in float32 and bfloat16, not in {str(x.dtype).removeprefix('torch.')}"
+        if operation == "pool_blocks":
+            if x.shape[-1] > 128:
+                return f"it takes head widths up to 128, not {x.shape[-1]}"
+        elif operation != "topk" and (x.shape[-1] % 16 or not 16 <= x.shape[-1] <= 128):
+            return f"it takes head widths that are multiples of 16 from 16 to 128, not {x.shape[-1]}"
+    groups = arguments.get("num_groups")
+    if operation == "tile_keys" or operation == "screened_keys":
+        groups = x.shape[3] if x is not None and x.ndim == 5 else None
+    if isinstance(groups, int) and groups > MOST_POOLED_QUERIES:
+        return f"it takes at most {MOST_POOLED_QUERIES} pooled queries per tile, not {groups}"
+    if arguments.get("attn_bias") is not None:
+        return "it takes no attn_bias"
+    if needs_gradients:
+        return "it has no backward pass and gradients are needed; call it under torch.no_grad() or inference_mode()"
     return None
 
 
-def why_not_width(width: int) -> str | None:
-    """Why the kernels cannot take heads of this width, in words, or None if they can."""
-    if width % 16 or not 16 <= width <= 128:
-        return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
-    return None
-
-
-def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a function of these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def serves(x: Tensor) -> bool:
-    """Whether the kernels can take ``x`` ``[B, H, N, D]`` where nothing needs its gradient."""
-    return why_not(x) is None and why_not_width(x.shape[-1]) is None and not needs_gradients(x)
-
-
-Rows = tuple[int, int, int, int]
-"""Address, and strides in elements of batch, head and token."""
-
-
-def readable_rows(x: Tensor) -> Tensor:
-    """``x`` ``[B, H, N, D]``, copied only if its rows are not contiguous or not aligned to 4 bytes."""
-    aligned = x.data_ptr() % 4 == 0 and (x.dtype != torch.bfloat16 or all(s % 2 == 0 for s in x.stride()[:3]))
-    if x.stride(3) == 1 and aligned:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def rows(x: Tensor | None) -> Rows:
-    """How the kernels are told of ``x`` ``[B, H, N, D]``; keep ``x`` alive during the call."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
-
-
-def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``x`` contiguous in ``dtype``, or None."""
-    return None if x is None else x.to(dtype).contiguous()
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+register_backend(
+    "native",
+    device_type="cpu",
+    kernels={
+        "attend": kernels.attend,
+        "pool_blocks": kernels.pool_blocks,
+        "block_distances": kernels.block_distances,
+        "group_patches": kernels.group_patches,
+        "pool_groups": kernels.pool_groups,
+        "count_unkept": kernels.count_unkept,
+        "group_queries": kernels.group_queries,
+        "tile_keys": kernels.tile_keys,
+        "screened_keys": kernels.screened_keys,
+        "topk": kernels.topk,
+    },
+    why_not=why_not,
+    automatic=True,
+)

@@ -1,4 +1,4 @@
-"""Sparse attention in plain PyTorch: any device, differentiable, bounded memory.
+"""Sparse attention and its gradients in plain PyTorch: any device, bounded memory.
 
 The tiles are worked off in chunks (``chunks.py``); the backward pass computes each chunk's weights again. Nothing that
 grows with N x N or N x K x D is ever held.
@@ -10,28 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import empty_output, tensor_arguments
+from ..attend import empty_output
 from .chunks import Gradients, Inputs, make_chunks
-from .connectivity import Connectivity
-from .tail import Tail
 
 
-def gather_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    connectivity: Connectivity,
-    tail: Tail | None,
-    attn_bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Arguments and result as in ``sparse_attention``."""
-    arguments = tensor_arguments(q, k, v, connectivity, tail)
-    return _gather_attention(*arguments, attn_bias, connectivity.tiling.num_prefix_tokens, scale)
-
-
-@torch.library.custom_op("sparsifiner::gather_attention", mutates_args=())
-def _gather_attention(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,6 +28,7 @@ def _gather_attention(
     num_prefix_tokens: int,
     scale: float,
 ) -> Tensor:
+    """``sparsifiner::attend``."""
     num_tokens = q.shape[2]
     out = empty_output(q)
     if num_prefix_tokens:
@@ -58,11 +42,6 @@ def _gather_attention(
     return out
 
 
-@_gather_attention.register_fake
-def _(q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, attn_bias, num_prefix_tokens, scale):  # type: ignore[no-untyped-def]
-    return empty_output(q)
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Dense attention of 4-D tensors with an additive mask; a row without any key gives zeros."""
     if mask is None:
@@ -73,8 +52,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     return out.masked_fill(empty, 0.0)
 
 
-@torch.library.custom_op("sparsifiner::gather_attention_backward", mutates_args=())
-def _gather_attention_backward(
+def attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -89,7 +67,7 @@ def _gather_attention_backward(
     num_prefix_tokens: int,
     scale: float,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, bias, tail_k, tail_v, tail_bias and attn_bias; empty where there is no such input."""
+    """``sparsifiner::attend_backward``."""
     num_tokens = q.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     inputs = (q, k, v, bias, tail_k, tail_v, tail_bias, attn_bias)
@@ -110,14 +88,7 @@ def _gather_attention_backward(
         grad_rows = chunk.take(grad) * chunk.inside[..., None]
         parts = _attend_backward(grad_rows, chunk.q, chunk.k, chunk.v, chunk.mask, scale, dtype)
         chunk.add_gradients(grads, *parts)
-    return [g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
-
-
-@_gather_attention_backward.register_fake
-def _(grad, q, k, v, tile_tokens, indices, bias, tail_k, tail_v, tail_bias, attn_bias, num_prefix_tokens, scale):  # type: ignore[no-untyped-def]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    inputs = (q, k, v, bias, tail_k, tail_v, tail_bias, attn_bias)
-    return [q.new_empty(0, dtype=dtype) if x is None else x.new_empty(x.shape) for x in inputs]
+    return [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True) if x is not None]
 
 
 def _attend_backward(
@@ -128,7 +99,9 @@ def _attend_backward(
     logits = q @ k.transpose(-1, -2) * scale
     if mask is not None:
         logits = logits + mask.to(dtype)
-    weights = logits.softmax(-1).nan_to_num(0.0)
+    weights = logits.softmax(-1)
+    if mask is not None:  # a row without any key has no weights
+        weights = weights.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0.0)
     dv = weights.transpose(-1, -2) @ grad
     dweights = grad @ v.transpose(-1, -2)
     dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
@@ -141,17 +114,3 @@ def _reduce_to(x: Tensor, shape: torch.Size) -> Tensor:
         if shape[dim] == 1 and x.shape[dim] != 1:
             x = x.sum(dim, keepdim=True)
     return x
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.num_prefix_tokens, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grads = _gather_attention_backward(grad, *ctx.saved_tensors, ctx.num_prefix_tokens, ctx.scale)
-    q, k, v, bias, tail_k, tail_v, tail_bias, attn_bias = (g if g.numel() else None for g in grads)
-    return q, k, v, None, None, bias, tail_k, tail_v, tail_bias, attn_bias, None, None
-
-
-_gather_attention.register_autograd(_backward, setup_context=_setup_context)

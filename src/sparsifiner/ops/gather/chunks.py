@@ -1,4 +1,4 @@
-"""The work of the gather backend in pieces of bounded size: which queries, against which keys, under which mask.
+"""The work of this backend in pieces of bounded size: which queries, against which keys, under which mask.
 
 A piece either copies the kept keys of each of its tiles together, or takes all keys of its heads and masks those that
 were not kept. Copies move ``K`` keys per tile; a mask wastes arithmetic on the keys that were dropped but needs no
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_indices
+from .._common import check_indices
 
 # Gathered keys and values, or masked logits, held at once. On a 2-core CPU with 32 MiB of last-level cache, at 4,096
 # tokens: 2 to 32 MiB are equally fast, 1 MiB is 40 % slower for its many steps, 64 MiB 35 % because the copies leave
