@@ -22,7 +22,8 @@ from scipy.optimize import nnls
 from sparsifiner import SparsifinerConfig, Tiling
 from sparsifiner._utils.files import write_atomically
 from sparsifiner.attention.cost import MARGIN
-from sparsifiner.config import num_kept
+from sparsifiner.config import TailConfig
+from sparsifiner.geometry.counting import num_kept
 from sparsifiner.measure.benchmark import measure_operator
 from sparsifiner.predictors import build_predictor
 
@@ -49,12 +50,18 @@ def cases() -> list[tuple[int, int, int, float, str]]:
 
 def work(case: dict[str, Any]) -> tuple[list[float], float]:
     """What the constants multiply (attend, score, elements, calls), and the dense multiply-adds."""
-    config = SparsifinerConfig(keep_rate=case["keep_rate"], tail_refine=0, dense_below=0, **PATTERNS[case["pattern"]])
+    config = SparsifinerConfig(
+        keep_rate=case["keep_rate"], mode="sparse", **PATTERNS[case["pattern"]], tail=TailConfig(refine=0)
+    )
     tiling = Tiling((case["side"], case["side"]), config.query_tile, 1)
     predictor = build_predictor(
         config, num_heads=case["heads"], head_dim=HEAD_DIM, grid=tiling.grid, num_prefix_tokens=1
     )
-    keys = num_kept(config.keep_rate, tiling.num_patches) + 1 + Tiling(tiling.grid, config.tail or (4, 4)).num_tiles
+    keys = (
+        num_kept(config.keep_rate, tiling.num_patches)
+        + 1
+        + Tiling(tiling.grid, config.tail.block if config.tail else (4, 4)).num_tiles
+    )
     lanes = math.ceil(tiling.tile_size / 16) * 16
     batch, heads = case["batch"], case["heads"]
     attend = 2 * batch * heads * HEAD_DIM * tiling.num_tiles * lanes * keys
@@ -91,7 +98,7 @@ def main() -> None:
         if case in done:
             continue
         batch, heads, side, rate, pattern = case
-        config = SparsifinerConfig(keep_rate=rate, tail_refine=0, dense_below=0, **PATTERNS[pattern])
+        config = SparsifinerConfig(keep_rate=rate, mode="sparse", **PATTERNS[pattern], tail=TailConfig(refine=0))
         for found in measure_operator((side, side), config, heads=heads, batch=batch, repeats=5):
             measured.append(
                 {

@@ -21,17 +21,21 @@ from rich.progress import track
 from sparsifiner import SparsifinerConfig, sparsify
 from sparsifiner._utils.files import write_atomically
 from sparsifiner._utils.photos import load_photos, preprocess
+from sparsifiner.config import TailConfig
 from sparsifiner.convert import always_sparse
 from sparsifiner.measure.fidelity import measure_fidelity
 from sparsifiner.models import load_model
+from sparsifiner.predictors import PooledConfig
 
 SETTINGS = {
     "default, keep 0.05": SparsifinerConfig(keep_rate=0.05),
     "default, keep 0.1": SparsifinerConfig(keep_rate=0.1),
     "default, keep 0.25": SparsifinerConfig(keep_rate=0.25),
-    "4x8 tiles with 4 queries, keep 0.1": SparsifinerConfig(keep_rate=0.1, query_tile=(4, 8), query_pool=(2, 4)),
+    "4x8 tiles with 4 queries, keep 0.1": SparsifinerConfig(
+        keep_rate=0.1, query_tile=(4, 8), predictor=PooledConfig(query_pool=(2, 4))
+    ),
     "4x8 tiles with 2 queries, 4x8 tail, keep 0.1": SparsifinerConfig(
-        keep_rate=0.1, query_tile=(4, 8), query_pool=(4, 4), tail=(4, 8)
+        keep_rate=0.1, query_tile=(4, 8), predictor=PooledConfig(query_pool=(4, 4)), tail=(4, 8)
     ),
     "3x3 tail, keep 0.1": SparsifinerConfig(keep_rate=0.1, tail=(3, 3)),
     "no tail, keep 0.1": SparsifinerConfig(keep_rate=0.1, tail=None),
@@ -40,13 +44,16 @@ SETTINGS = {
 }
 WHOLE_BLOCKS = {
     **{
-        f"tail of whole blocks, keep {rate}": SparsifinerConfig(keep_rate=rate, tail_refine=0)
+        f"tail of whole blocks, keep {rate}": SparsifinerConfig(keep_rate=rate, tail=TailConfig(refine=0))
         for rate in (0.05, 0.1, 0.25)
     },
-    "local window, tail of whole blocks, keep 0.1": SparsifinerConfig(keep_rate=0.1, predictor="local", tail_refine=0),
+    "local window, tail of whole blocks, keep 0.1": SparsifinerConfig(
+        keep_rate=0.1, predictor="local", tail=TailConfig(refine=0)
+    ),
 }
 SCREENING = {
-    f"every key scored, keep {rate}": SparsifinerConfig(keep_rate=rate, screen_from=None) for rate in (0.05, 0.1)
+    f"every key scored, keep {rate}": SparsifinerConfig(keep_rate=rate, predictor=PooledConfig(screen_from=None))
+    for rate in (0.05, 0.1)
 }
 
 

@@ -22,15 +22,17 @@ import torch
 
 from sparsifiner import SparsifinerConfig, sparsify
 from sparsifiner._utils.files import write_atomically
+from sparsifiner.config import TailConfig
 from sparsifiner.measure.benchmark import Measured, compile_ahead, measure_model, measure_operator
 from sparsifiner.measure.latency import interleave_all
 from sparsifiner.measure.memory import measure_memory
 from sparsifiner.ops import cpu
+from sparsifiner.predictors import PooledConfig
 from sparsifiner.report.contents import this_machine
 
-ALWAYS = SparsifinerConfig(keep_rate=0.1, dense_below=0)
+ALWAYS = SparsifinerConfig(keep_rate=0.1, mode="sparse")
 SMALL = "vit_small_patch16_224"
-WIDE = dict(query_tile=(4, 8), query_pool=(2, 4))
+WIDE = dict(query_tile=(4, 8), predictor=PooledConfig(query_pool=(2, 4)))
 SIDES = (14, 20, 24, 32, 48, 64, 96)
 KEEP_RATES = (0.05, 0.1, 0.25)
 
@@ -99,9 +101,11 @@ CASES: dict[str, Callable[[], Any]] = {
         (64, 64), ALWAYS.replace(**WIDE, tail=(4, 8)), num_prefix_tokens=0
     ),
     "layer, default": lambda: measure_operator((64, 64), ALWAYS),
-    "layer, tail of whole blocks": lambda: measure_operator((64, 64), ALWAYS.replace(tail_refine=0)),
+    "layer, tail of whole blocks": lambda: measure_operator((64, 64), ALWAYS.replace(tail=TailConfig(refine=0))),
     "layer, 4x8 tiles, 2 queries each, 410 + 128 keys": lambda: measure_operator(
-        (64, 64), ALWAYS.replace(query_tile=(4, 8), query_pool=(4, 4), tail=(4, 8)), num_prefix_tokens=0
+        (64, 64),
+        ALWAYS.replace(query_tile=(4, 8), predictor=PooledConfig(query_pool=(4, 4)), tail=(4, 8)),
+        num_prefix_tokens=0,
     ),
     "layer, 4x8 tiles": lambda: measure_operator((64, 64), ALWAYS.replace(**WIDE)),
     **{

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[torch.dtype, Convert]] = {
     "keep 0.7, bfloat16": (torch.bfloat16, lambda model: prune_tokens(model, keep_rate=0.7)),
     "keep 0.7, tiles and tail at attention keep 0.25, float32": (
         torch.float32,
-        lambda model: sparsify(prune_tokens(model, keep_rate=0.7), SparsifinerConfig(keep_rate=0.25, dense_below=0)),
+        lambda model: sparsify(prune_tokens(model, keep_rate=0.7), SparsifinerConfig(keep_rate=0.25, mode="sparse")),
     ),
     "merging to a fifth in the end, float32": (torch.float32, lambda model: METHODS["tome"].convert(model, 0.2)),
 }

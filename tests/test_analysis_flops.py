@@ -13,6 +13,7 @@ from sparsifiner.geometry.tiling import Tiling
 from sparsifiner.measure import count_flops
 from sparsifiner.ops.connectivity import Connectivity
 from sparsifiner.ops.tail import group_keys
+from sparsifiner.predictors import PooledConfig
 
 PUBLISHED = {1.0: 431, 0.9: 396.8, 0.8: 360.6, 0.7: 324.6, 0.6: 290.3, 0.5: 254.2, 0.4: 218.0}
 PUBLISHED |= {0.3: 183.6, 0.2: 147.5, 0.1: 111.4, 0.05: 93.3, 0.01: 78.9}
@@ -57,11 +58,11 @@ def test_sparse_figures_reproduce_lv_vit_s(one_layer_of_deit, keep_rate, publish
     "config",
     [
         None,
-        SparsifinerConfig(dense_below=0, keep_rate=0.3, query_tile=(2, 2), tail=(2, 2)),
-        SparsifinerConfig(dense_below=0, keep_rate=0.3, query_tile=(3, 2), tail=None, keep_prefix=False),
+        SparsifinerConfig(mode="sparse", keep_rate=0.3, query_tile=(2, 2), tail=(2, 2)),
+        SparsifinerConfig(mode="sparse", keep_rate=0.3, query_tile=(3, 2), keep_prefix=False, tail=None),
         SparsifinerConfig.paper(keep_rate=0.3, n_down=4),
-        SparsifinerConfig(dense_below=0, predictor="local", tail=None),
-        SparsifinerConfig(dense_below=0, predictor="oracle", query_tile=(4, 4), tail=None),
+        SparsifinerConfig(mode="sparse", predictor="local", tail=None),
+        SparsifinerConfig(mode="sparse", query_tile=(4, 4), predictor="oracle", tail=None),
     ],
     ids=["dense", "pooled", "borders", "paper", "local", "oracle"],
 )
@@ -81,7 +82,11 @@ def test_total_agrees_with_the_counter_of_pytorch(config, batch):
 
 def test_the_terms_of_a_layer_are_what_the_formulas_say():
     config = SparsifinerConfig(
-        dense_below=0, keep_rate=0.5, query_tile=(2, 2), query_pool=(2, 2), query_refine=0, tail=(2, 2)
+        mode="sparse",
+        keep_rate=0.5,
+        query_tile=(2, 2),
+        predictor=PooledConfig(query_pool=(2, 2), query_refine=0),
+        tail=(2, 2),
     )
     report = count_flops(sparsifiner.sparsify(tiny(), config), torch.zeros(1, 3, 64, 64))
     layer, width = report.layers[0], 192

@@ -141,7 +141,7 @@ def test_sizes_that_do_not_divide_are_refused_with_near_ones():
 def models():
     torch.manual_seed(0)
     dense = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=3, num_classes=0).eval()
-    return dense, sparsifiner.sparsify(dense, SparsifinerConfig(dense_below=0, keep_rate=0.25, query_tile=(4, 4)))
+    return dense, sparsifiner.sparsify(dense, SparsifinerConfig(mode="sparse", keep_rate=0.25, query_tile=(4, 4)))
 
 
 def test_maps_are_the_dense_attention_and_the_kept_keys(models):
@@ -172,7 +172,7 @@ def test_maps_are_the_dense_attention_and_the_kept_keys(models):
 
 def test_maps_of_a_model_with_relative_positions_show_them():
     dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=1))
-    sparse = sparsifiner.sparsify(dense, SparsifinerConfig(dense_below=0, keep_rate=0.25, query_tile=(2, 2)))
+    sparse = sparsifiner.sparsify(dense, SparsifinerConfig(mode="sparse", keep_rate=0.25, query_tile=(2, 2)))
     seen = {}
     dense.blocks[0].attn.fused_attn = False
     dense.blocks[0].attn.attn_drop.register_forward_hook(lambda module, inputs, out: seen.update(attention=out))
@@ -187,7 +187,7 @@ def test_maps_show_layers_that_chose_keys(models):
     dense, sparse = models
     mixed = copy.deepcopy(sparse)
     first = mixed.blocks[0].attn
-    first.configure(first.config.replace(dense_below=10**6))
+    first.configure(first.config.replace(mode="auto", dense_below=10**6))
     x = torch.randn(1, 3, 96, 96)
     assert [layer.number for layer in attention_maps(dense, mixed, x).layers] == [2, 3]
     assert [layer.number for layer in attention_maps(dense, mixed, x, layers=[2]).layers] == [3]

@@ -20,7 +20,7 @@ def pair(name="vit_tiny_patch16_224", **settings):
     torch.manual_seed(0)
     dense = timm.create_model(name, **{"img_size": 64, "depth": 2, "num_classes": 0, **settings}).eval()
     return dense, sparsifiner.sparsify(
-        dense, SparsifinerConfig(dense_below=0, keep_rate=0.1, query_tile=(2, 2), tail=None)
+        dense, SparsifinerConfig(mode="sparse", keep_rate=0.1, query_tile=(2, 2), tail=None)
     )
 
 

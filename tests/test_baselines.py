@@ -164,7 +164,7 @@ def test_merging_equal_patches_changes_nothing(tiny_vit, images, gated):
         merged = merge_tokens(model, [32, 0, 0])
         torch.testing.assert_close(merged(x), model(x), **CLOSE)
     assert merged.forward_features(x).shape[1] == 33
-    assert merged.blocks[0].sizes.by_length[33].unique().tolist() == [1.0, 2.0]
+    assert merged.blocks[0].grid.current.sizes[33].unique().tolist() == [1.0, 2.0]
 
 
 def test_merging_trains_and_recomputed_activations_agree(tiny_vit, images):
@@ -176,7 +176,7 @@ def test_merging_trains_and_recomputed_activations_agree(tiny_vit, images):
         model(x).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1])
-    sizes = model.blocks[0].sizes.by_length
+    sizes = model.blocks[0].grid.current.sizes
     assert sorted(sizes) == [38, 47, 56]
     assert all((s[:, 1:].sum(1) == 64).all() for s in sizes.values())
 

@@ -24,13 +24,16 @@ from sparsifiner.calibration.budget import allocate
 from sparsifiner.calibration.state import State
 from sparsifiner.calibration.tail import OFFSETS, best_offsets
 from sparsifiner.cli import main
-from sparsifiner.config import num_kept
+from sparsifiner.geometry.counting import num_kept
 from sparsifiner.models import load_model
+from sparsifiner.predictors import LowRankConfig
 from sparsifiner.reduction.pruning import prune_tokens
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
-TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)
-POOLED = SparsifinerConfig(keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), dense_below=0)
+TILES = SparsifinerConfig(
+    keep_rate=0.1, query_tile=(2, 2), mode="sparse", predictor=LowRankConfig(n_down=12), tail=(2, 2)
+)
+POOLED = SparsifinerConfig(keep_rate=0.1, query_tile=(2, 2), mode="sparse", tail=(2, 2))
 
 
 def tiny(depth: int = 2, **changes: object) -> nn.Module:
@@ -178,7 +181,9 @@ def test_a_killed_calibration_continues_to_the_same_weights(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_is_saved_with_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=0).eval()
-    sparse = sparsify(model, SparsifinerConfig(predictor="lowrank", n_down=6, query_tile=(2, 2), tail=(2, 2))).to(dtype)
+    sparse = sparsify(model, SparsifinerConfig(query_tile=(2, 2), predictor=LowRankConfig(n_down=6), tail=(2, 2))).to(
+        dtype
+    )
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     calibrate(sparse, x, steps=2, keep_rates="per_layer", progress=quietly)
     assert {parameter.dtype for parameter in sparse.parameters()} == {dtype}
@@ -316,7 +321,7 @@ def test_unusable_requests_are_refused_in_one_line(tmp_path: Path) -> None:
     refused("pictures of 3 channels do not fit the model, which takes 1", one_channel, images=[tmp_path / "a.png"])
     refused("multiple of the model's 4x4 patches", images=[tmp_path / "x.png"], img_size=(30, 30))
     refused("has nothing to fit", model=sparsify(tiny(), POOLED.replace(tail=None)))
-    thresholded = sparsify(tiny(), TILES.replace(score_threshold=0.1))
+    thresholded = sparsify(tiny(), TILES.replace(predictor=LowRankConfig(n_down=12, score_threshold=0.1)))
     refused("score_threshold keeps any number of keys", model=thresholded, keep_rates="per_layer")
     (tmp_path / "state").write_bytes(b"no state")
     refused("not the state of a calibration", state=tmp_path / "state")
@@ -337,7 +342,7 @@ def test_the_command_saves_a_model_that_loads(tmp_path: Path, capsys: pytest.Cap
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "calibration.json", "model.safetensors", "sparsifiner.json"
     ]  # fmt: skip
-    assert all(layer.config.tail_offset for layer in sparse_layers(from_pretrained(tmp_path / "out")).values())
+    assert all(layer.config.tail.offset for layer in sparse_layers(from_pretrained(tmp_path / "out")).values())
     for arguments, words in (
         (("--images", tmp_path / "none", "--output", tmp_path / "x"), "does not exist"),
         ((*common, "--keep-rates", "some"), "choose given or per_layer"),

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import pytest
 import torch
+from choosing import lowrank_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sparsifiner import SparsifinerConfig
+from sparsifiner.attention import AttentionInputs, tail_groups
 from sparsifiner.calibration import spectral
 from sparsifiner.calibration.reconstruction import reconstruction_loss
 from sparsifiner.geometry.tiling import Tiling
-from sparsifiner.predictors import LowRankPredictor
+from sparsifiner.predictors import LowRankConfig, LowRankPredictor
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.2, n_down=12)
-TILES = SparsifinerConfig(predictor="lowrank", keep_rate=0.1, query_tile=(2, 2), tail=(2, 2), n_down=12, dense_below=0)
+TILES = SparsifinerConfig(
+    keep_rate=0.1, query_tile=(2, 2), mode="sparse", predictor=LowRankConfig(n_down=12), tail=(2, 2)
+)
+SHARED = TILES.replace(predictor=LowRankConfig(n_down=12, share_basis=True))
 
 
-@pytest.mark.parametrize("config", [PAPER, TILES, PAPER.replace(attn_recon=True), TILES.replace(share_basis=True)])
+def reconstructing(config: SparsifinerConfig) -> SparsifinerConfig:
+    return config.replace(predictor=config.predictor.with_reconstruction(True))
+
+
+def loss_of(
+    predictor: LowRankPredictor, config: SparsifinerConfig, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling
+) -> Tensor:
+    """Over all tiles."""
+    inputs = AttentionInputs(q, k, v, tiling, 0.25)
+    return reconstruction_loss(predictor, inputs, tail_groups(config.tail, inputs), torch.arange(tiling.num_tiles))
+
+
+@pytest.mark.parametrize("config", [PAPER, TILES, reconstructing(PAPER), SHARED])
 def test_reconstruction_lowers_its_loss(config: SparsifinerConfig) -> None:
     tiling = Tiling((8, 8), config.query_tile, 1)
     q, k, v = torch.randn(3, 1, 2, 65, 16, generator=torch.Generator().manual_seed(0))
-    predictor = LowRankPredictor(config, 2, 16, (8, 8), 1).train()
+    predictor = lowrank_of(config, tiling, num_heads=2, head_dim=16).train()
     with torch.no_grad():  # a zeroed basis would have no gradient
         predictor.w_down.abs_().add_(0.05)
         if predictor.w_up is not None:
@@ -30,7 +48,7 @@ def test_reconstruction_lowers_its_loss(config: SparsifinerConfig) -> None:
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        loss = reconstruction_loss(predictor, q, k, v, tiling, torch.arange(tiling.num_tiles), 0.25)
+        loss = loss_of(predictor, config, q, k, v, tiling)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -39,21 +57,21 @@ def test_reconstruction_lowers_its_loss(config: SparsifinerConfig) -> None:
 
 def test_the_reconstruction_loss_is_the_papers() -> None:
     """Equation of section 3.4 over all patch queries, by hand: 0.01 times the squared distance to the attention."""
-    config = PAPER.replace(attn_recon=True)
-    predictor = LowRankPredictor(config, 2, 16, (4, 4), 1).train()
+    config = reconstructing(PAPER)
     tiling = Tiling((4, 4), (1, 1), 1)
+    predictor = lowrank_of(config, tiling, num_heads=2, head_dim=16).train()
     q, k, v = torch.randn(3, 1, 2, 17, 16, generator=torch.Generator().manual_seed(0))
     attention = (q @ k.mT * 0.25).softmax(-1)[:, :, 1:]
     want = 0.01 * (predictor.token_scores(q, k, tiling) - attention).square().sum() / 2
-    got = reconstruction_loss(predictor, q, k, v, tiling, torch.arange(16), 0.25)
+    got = loss_of(predictor, config, q, k, v, tiling)
     torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("reduction", ["max", "sum"])
 def test_the_reconstruction_loss_merges_the_queries_of_a_tile_as_the_scores_do(reduction: str) -> None:
-    config = TILES.replace(tail=None, reduction=reduction)
+    config = TILES.replace(tail=None, predictor=LowRankConfig(n_down=12, reduction=reduction))
     tiling = Tiling((3, 4), (2, 2), 1)  # the tiles of the last row have two queries
-    predictor = LowRankPredictor(config, 2, 16, (3, 4), 1)
+    predictor = lowrank_of(config, tiling, num_heads=2, head_dim=16)
     q, k, v = torch.randn(3, 1, 2, 13, 16, generator=torch.Generator().manual_seed(0))
     coef = predictor.dense_coefficients(q, k, tiling)
     attention = (q @ k.mT * 0.25).softmax(-1)[:, :, 1:]
@@ -62,7 +80,7 @@ def test_the_reconstruction_loss_merges_the_queries_of_a_tile_as_the_scores_do(r
         merge = (lambda x: x.amax(2)) if reduction == "max" else (lambda x: x.mean(2))
         score = merge(coef[:, :, tile]) @ predictor.basis(tiling)[1:].mT
         want = want + 0.01 * (score - merge(attention[:, :, tile])[..., 1:]).square().sum() / 2
-    got = reconstruction_loss(predictor, q, k, v, tiling, torch.arange(4), 0.25)
+    got = loss_of(predictor, config, q, k, v, tiling)
     torch.testing.assert_close(got, want)
 
 

@@ -80,7 +80,7 @@ def test_ratios_are_medians_of_the_reference_over_medians() -> None:
 
 
 def test_the_parts_of_a_layer_without_a_tail() -> None:
-    config = SparsifinerConfig(keep_rate=0.3, tail=None, query_tile=(2, 2), dense_below=0)
+    config = SparsifinerConfig(keep_rate=0.3, query_tile=(2, 2), mode="sparse", tail=None)
     found = measure_operator((8, 10), config, heads=2, head_dim=32, repeats=2)
     assert [item.settings["num_tokens"] for item in found] == [81, 81]
     assert all(len(values) == 2 for item in found for values in item.seconds.values())

@@ -108,7 +108,7 @@ def test_where_sparse_does_not_pay_the_report_says_that_attention_ran_dense(cli,
 def test_a_saved_sparse_model_is_compared_with_its_dense_twin(cli, tmp_path):
     torch.manual_seed(0)
     dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=0).eval()
-    config = SparsifinerConfig(dense_below=0, keep_rate=(0.2, 0.4), query_tile=(2, 2), tail=None)
+    config = SparsifinerConfig(mode="sparse", keep_rate=(0.2, 0.4), query_tile=(2, 2), tail=None)
     sparsifiner.save_pretrained(sparsifiner.sparsify(dense, config), tmp_path / "saved")
     code, out, err = cli(
         "report", "--json", "--model", tmp_path / "saved", *QUICK, "--repeats", "0", always_sparse=False

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from sparsifiner import SparsifinerConfig
-from sparsifiner.config import num_kept
+from sparsifiner.config import TailConfig
+from sparsifiner.geometry.counting import num_kept
+from sparsifiner.predictors import LowRankConfig, PooledConfig
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.0001, "0.1", True, float("nan"), None])
@@ -44,7 +46,7 @@ def test_keep_rates_outside_the_unit_interval_are_refused(rate: object) -> None:
 )
 def test_bad_settings_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SparsifinerConfig(**changes)
+        SparsifinerConfig.from_dict(changes)
 
 
 def test_the_number_kept_is_the_ceiling_of_the_decimal_product() -> None:
@@ -59,11 +61,14 @@ def test_the_number_kept_is_the_ceiling_of_the_decimal_product() -> None:
 
 def test_paper_settings() -> None:
     paper = SparsifinerConfig.paper(keep_rate=0.1)
-    assert (paper.keep_rate, paper.predictor, paper.query_tile, paper.tail) == (0.1, "lowrank", (1, 1), None)
-    assert (paper.reduce_n_factor, paper.reduce_c_factor, paper.coef_topk, paper.basis_threshold) == (6, 2, 8, 0.02)
+    assert (paper.keep_rate, paper.predictor.name, paper.query_tile, paper.tail) == (0.1, "lowrank", (1, 1), None)
+    learned = paper.predictor
+    assert (learned.reduce_n_factor, learned.reduce_c_factor, learned.coef_topk, learned.basis_threshold) == (
+        6, 2, 8, 0.02
+    )  # fmt: skip
     assert not paper.keep_prefix
-    assert paper.scale == "num_heads"
-    tiles = SparsifinerConfig(predictor="lowrank")  # a key without a score could only be kept by chance
+    assert learned.scale == "num_heads"
+    tiles = SparsifinerConfig(predictor="lowrank").predictor  # a key without a score could only be kept by chance
     assert (tiles.coef_topk, tiles.coef_threshold, tiles.basis_threshold, tiles.reduce_c_factor) == (None, None, 0.0, 1)
 
 
@@ -93,6 +98,43 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(refusal.value)
     with pytest.raises(ValueError, match="cannot read the configuration"):
         SparsifinerConfig.from_file(tmp_path / "missing.yaml")
+
+
+def test_flat_settings_of_version_0_1_0_are_read() -> None:
+    flat = {
+        "keep_rate": 0.2,
+        "predictor": "lowrank",
+        "n_down": 9,
+        "query_pool": [2, 2],
+        "tail": [2, 4],
+        "tail_refine": 0,
+    }
+    nested = SparsifinerConfig(keep_rate=0.2, predictor=LowRankConfig(n_down=9), tail=TailConfig((2, 4), refine=0))
+    assert SparsifinerConfig.from_dict({**flat, "dense_below": 0, "seed": 0}) == nested.replace(mode="sparse")
+    assert SparsifinerConfig.from_dict({**flat, "dense_below": 500}) == nested.replace(dense_below=500)
+    assert SparsifinerConfig.from_settings({"query_refine": 5}).predictor == PooledConfig(query_refine=5)
+    assert SparsifinerConfig.from_settings({"preset": "paper", "n_down": 5}) == SparsifinerConfig.paper(n_down=5)
+    assert SparsifinerConfig.from_settings({"preset": "paper", "dense_below": 300}).mode == "auto"
+    assert SparsifinerConfig.from_settings({"tail_offset": True}).tail == TailConfig(offset=True)
+    with pytest.raises(ValueError, match="tail_offset needs a tail"):
+        SparsifinerConfig.from_dict({"tail": None, "tail_offset": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"predictor": {"name": "pooled", "n_down": 3}}, "setting of predictor 'pooled' 'n_down' is unknown"),
+        ({"predictor": {"name": "lowrank", "n_dwn": 3}}, "did you mean 'n_down'"),
+        ({"tail": {"blok": [2, 2]}}, "did you mean 'block'"),
+        ({"tail": {"refine": 10**9}}, "tail refine must be a whole number at least 0 and at most 100"),
+        ({"mode": "fast"}, "mode 'fast' is unknown; choose one of auto, sparse, dense"),
+        ({"mode": "dense", "dense_below": 300}, "dense_below belongs to mode='auto'"),
+        ({"seed": 2**70, "predictor": "random"}, "seed must fit 64 bits"),
+    ],
+)
+def test_bad_nested_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparsifinerConfig.from_dict(settings)
 
 
 def test_one_rate_per_layer() -> None:

@@ -30,7 +30,7 @@ def test_the_original_stays_dense_and_untouched(tiny_vit, images) -> None:
     model, x = tiny_vit(), images(2, 3, 32, 32)
     with torch.no_grad():
         want = model(x)
-        sparse = sparsify(model, SparsifinerConfig(dense_below=0), keep_rate=0.2)
+        sparse = sparsify(model, SparsifinerConfig(mode="sparse"), keep_rate=0.2)
         for parameter in sparse.parameters():
             parameter.zero_()
         assert torch.equal(model(x), want)
@@ -55,11 +55,11 @@ def test_sparsify_twice_is_refused(tiny_vit) -> None:
 
 def test_state_dicts_fit_both_ways(tiny_vit, images) -> None:
     model, x = tiny_vit(), images(1, 3, 32, 32)
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0, predictor="lowrank"))
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse", predictor="lowrank"))
     names = set(sparse.state_dict()) - set(model.state_dict())
     assert names
     assert all(".attn.predictor." in name for name in names)
-    fresh = sparsify(tiny_vit(), SparsifinerConfig(dense_below=0, predictor="lowrank"))
+    fresh = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse", predictor="lowrank"))
     fresh.load_state_dict(sparse.state_dict())
     with torch.no_grad():
         assert torch.equal(fresh(x), sparse(x))
@@ -72,7 +72,7 @@ def test_state_dicts_fit_both_ways(tiny_vit, images) -> None:
 @pytest.mark.parametrize("predictor", ["pooled", "lowrank"])
 def test_copies_are_independent(clone, predictor, tiny_vit, images) -> None:
     sparse = sparsify(
-        tiny_vit(dynamic_img_size=True), SparsifinerConfig(dense_below=0, predictor=predictor), keep_rate=0.2
+        tiny_vit(dynamic_img_size=True), SparsifinerConfig(mode="sparse", predictor=predictor), keep_rate=0.2
     )
     x, wide = images(1, 3, 32, 32), images(1, 3, 32, 64)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_copies_are_independent(clone, predictor, tiny_vit, images) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("predictor", ["pooled", "lowrank", "local"])
 def test_half_precision(dtype, predictor, tiny_vit, images) -> None:
-    sparse = sparsify(tiny_vit(), SparsifinerConfig(dense_below=0, predictor=predictor), keep_rate=0.5)
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse", predictor=predictor), keep_rate=0.5)
     x = images(2, 3, 32, 32)
     with torch.no_grad():
         want = sparse(x)
@@ -100,7 +100,7 @@ def test_half_precision(dtype, predictor, tiny_vit, images) -> None:
 
 def test_autocast(tiny_vit, images) -> None:
     sparse, x = (
-        sparsify(tiny_vit(), SparsifinerConfig(dense_below=0, predictor="lowrank"), keep_rate=0.5),
+        sparsify(tiny_vit(), SparsifinerConfig(mode="sparse", predictor="lowrank"), keep_rate=0.5),
         images(2, 3, 32, 32),
     )
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_autocast(tiny_vit, images) -> None:
 
 def test_feature_apis(tiny_vit, images) -> None:
     model, x = tiny_vit(), images(2, 3, 32, 32)
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0), keep_rate=1.0)
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"), keep_rate=1.0)
     with torch.no_grad():
         torch.testing.assert_close(sparse.forward_features(x), model.forward_features(x), rtol=1e-4, atol=1e-5)
         for got, want in zip(
@@ -137,7 +137,7 @@ def test_forward_hooks_move_along(tiny_vit, images) -> None:
 @pytest.mark.parametrize("predictor", ["pooled", "lowrank"])
 def test_non_square_and_changing_image_sizes(predictor, tiny_vit, images) -> None:
     model = tiny_vit(dynamic_img_size=True)
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0, predictor=predictor), keep_rate=1.0)
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse", predictor=predictor), keep_rate=1.0)
     with torch.no_grad(), record(sparse) as seen:
         for size in ((32, 32), (20, 64), (64, 20), (32, 32)):
             x = images(1, 3, *size)
@@ -149,7 +149,7 @@ def test_non_square_and_changing_image_sizes(predictor, tiny_vit, images) -> Non
 
 def test_set_input_size(tiny_vit, images) -> None:
     model = tiny_vit()
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0), keep_rate=1.0)
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"), keep_rate=1.0)
     for either in (model, sparse):
         either.set_input_size(img_size=(24, 40))
     x = images(1, 3, 24, 40)
@@ -162,7 +162,7 @@ def test_beit_window_size(images) -> None:
     model = timm.create_model("beit_base_patch16_224", img_size=80, depth=2, embed_dim=48, num_heads=3).eval()
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.relative_position_bias_table)
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0), keep_rate=1.0)
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"), keep_rate=1.0)
     for either in (model, sparse):
         either.set_input_size(img_size=(96, 128))
     x = images(1, 3, 96, 128)
@@ -170,14 +170,17 @@ def test_beit_window_size(images) -> None:
         torch.testing.assert_close(sparse(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_patch_dropout_is_refused_when_it_happens(tiny_vit, images) -> None:
-    sparse = sparsify(tiny_vit(patch_drop_rate=0.5), SparsifinerConfig(dense_below=0)).train()
+def test_patch_dropout_is_refused(tiny_vit, images) -> None:
+    with pytest.raises(ValueError, match="it drops patches at random in training, .* build it with patch_drop_rate=0"):
+        sparsify(tiny_vit(patch_drop_rate=0.5), SparsifinerConfig(mode="sparse"))
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse")).train()
+    sparse.patch_drop = timm.layers.PatchDropout(0.5)
     with pytest.raises(ValueError, match="patch dropout and token merging are not supported"):
         sparse(images(1, 3, 32, 32))
 
 
 def test_masks_are_refused(tiny_vit, images) -> None:
-    sparse = sparsify(tiny_vit(), SparsifinerConfig(dense_below=0))
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse"))
     with pytest.raises(ValueError, match="takes no attn_mask"):
         sparse.blocks[0](torch.zeros(1, 65, 48), attn_mask=torch.zeros(65, 65))
 
@@ -185,9 +188,9 @@ def test_masks_are_refused(tiny_vit, images) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        SparsifinerConfig(dense_below=0),
+        SparsifinerConfig(mode="sparse"),
         SparsifinerConfig.paper(),
-        SparsifinerConfig(dense_below=0, tail=(3, 3)),
+        SparsifinerConfig(mode="sparse", tail=(3, 3)),
         SparsifinerConfig(),  # asks whether it pays
     ],
 )
@@ -206,14 +209,14 @@ def test_compiles_into_one_graph(config, tiny_vit, images) -> None:
 
 
 def test_inductor_compiles_it(tiny_vit, images) -> None:
-    sparse, x = sparsify(tiny_vit(depth=1), SparsifinerConfig(dense_below=0), keep_rate=0.3), images(1, 3, 32, 32)
+    sparse, x = sparsify(tiny_vit(depth=1), SparsifinerConfig(mode="sparse"), keep_rate=0.3), images(1, 3, 32, 32)
     torch._dynamo.reset()
     with torch.inference_mode():
         torch.testing.assert_close(torch.compile(sparse, fullgraph=True)(x), sparse(x), rtol=1e-4, atol=1e-5)
 
 
 def test_training_reaches_every_dense_weight(tiny_vit, images) -> None:
-    sparse = sparsify(tiny_vit(), SparsifinerConfig(dense_below=0), keep_rate=0.2).train()
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse"), keep_rate=0.2).train()
     sparse(images(2, 3, 32, 32)).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in sparse.parameters())
 
@@ -228,7 +231,7 @@ def test_inference_mode_first_does_not_spoil_training(tiny_vit, images) -> None:
 
 
 def test_set_keep_rate(tiny_vit, images) -> None:
-    sparse, x = sparsify(tiny_vit(), SparsifinerConfig(dense_below=0), keep_rate=0.1), images(1, 3, 32, 32)
+    sparse, x = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse"), keep_rate=0.1), images(1, 3, 32, 32)
 
     def densities() -> list[float]:
         with torch.no_grad(), record(sparse) as seen:
@@ -278,7 +281,7 @@ def test_what_is_no_configuration_is_refused(config, tiny_vit) -> None:
 
 
 def test_different_images_get_different_keys(tiny_vit, images) -> None:
-    sparse = sparsify(tiny_vit(), SparsifinerConfig(dense_below=0), keep_rate=0.1)
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse"), keep_rate=0.1)
     with torch.no_grad(), record(sparse, tensors=True) as seen:
         sparse(images(2, 3, 32, 32))
     assert list(seen) == ["blocks.0.attn", "blocks.1.attn"]
@@ -293,7 +296,7 @@ def test_different_images_get_different_keys(tiny_vit, images) -> None:
 
 
 def test_threads_share_a_model(tiny_vit, images) -> None:
-    sparse, x = sparsify(tiny_vit(), SparsifinerConfig(dense_below=0), keep_rate=0.2), images(2, 3, 32, 32)
+    sparse, x = sparsify(tiny_vit(), SparsifinerConfig(mode="sparse"), keep_rate=0.2), images(2, 3, 32, 32)
     with torch.no_grad():
         want = sparse(x)
     wrong = []
@@ -320,7 +323,7 @@ def test_a_backbone_inside_another_model(tiny_vit, images) -> None:
             return self.head(self.backbone.forward_features(x))
 
     model = Segmenter(tiny_vit())
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0), keep_rate=1.0)
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"), keep_rate=1.0)
     x = images(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(sparse(x), model(x), rtol=1e-4, atol=1e-5)
@@ -330,15 +333,15 @@ def test_a_backbone_inside_another_model(tiny_vit, images) -> None:
 def test_a_grid_smaller_than_a_tile_is_refused_and_nothing_changes(tiny_vit) -> None:
     model = tiny_vit(img_size=12)
     with pytest.raises(ValueError, match="a 4x4 tile does not fit the 3x3 patch grid"):
-        sparsify(model, inplace=True)
+        sparsify(model, SparsifinerConfig(mode="sparse"), inplace=True)
     with pytest.raises(ValueError, match="keep_rate has 3 entries but 2 layers are converted"):
-        sparsify(tiny_vit(), SparsifinerConfig(dense_below=0), keep_rate=[0.1, 0.1, 0.1])
+        sparsify(tiny_vit(), SparsifinerConfig(mode="sparse"), keep_rate=[0.1, 0.1, 0.1])
     assert type(model.blocks[0].attn) is timm.layers.Attention
 
 
 def test_a_sparse_model_exports(tiny_vit, images):
     """``torch.export``, on which compilation ahead of time and deployment stand."""
-    sparse = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig(keep_rate=0.3, dense_below=0))
+    sparse = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig(keep_rate=0.3, mode="sparse"))
     x = images(2, 3, 32, 32)
     with torch.no_grad():
         program = torch.export.export(sparse, (x,))
@@ -365,4 +368,4 @@ def test_images_smaller_than_a_tile_are_attended_to_densely(tiny_vit, images, si
     with pytest.raises(ValueError, match="a 4x4 tile does not fit the"):
         sparse.train()(x)
     with pytest.raises(ValueError, match="a 4x4 tile does not fit the"):
-        sparsify(dense, SparsifinerConfig(keep_rate=0.1, dense_below=0))(x)
+        sparsify(dense, SparsifinerConfig(keep_rate=0.1, mode="sparse"))(x)

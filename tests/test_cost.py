@@ -11,23 +11,25 @@ from hypothesis import strategies as st
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig, Tiling, record
+from sparsifiner.attention import AttentionInputs
 from sparsifiner.attention.cost import predicted_share, sparse_pays
+from sparsifiner.config import FLAT_NAMES
 from sparsifiner.measure.flops import count_flops
 from sparsifiner.ops import cpu
 from sparsifiner.predictors import build_predictor
 
 
-def share(config: SparsifinerConfig, side: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> float:
+def share(config: SparsifinerConfig, side: int, dtype: torch.dtype = torch.float32) -> float:
     tiling = Tiling((side, side), config.query_tile, 1)
     predictor = build_predictor(config, num_heads=6, head_dim=64, grid=tiling.grid, num_prefix_tokens=1)
-    return predicted_share(config, dtype, batch, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
+    return predicted_share(config, dtype, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
 
 
-@given(side=st.integers(8, 120), keep_rate=st.sampled_from([0.02, 0.1, 0.5]), batch=st.sampled_from([1, 8]))
-def test_more_tokens_and_fewer_keys_favour_sparse(side: int, keep_rate: float, batch: int) -> None:
+@given(side=st.integers(8, 120), keep_rate=st.sampled_from([0.02, 0.1, 0.5]))
+def test_more_tokens_and_fewer_keys_favour_sparse(side: int, keep_rate: float) -> None:
     config = SparsifinerConfig(keep_rate=keep_rate)
-    assert share(config, side + 4, batch) < share(config, side, batch)
-    assert share(config.replace(keep_rate=keep_rate * 2), side, batch) > share(config, side, batch)
+    assert share(config, side + 4) < share(config, side)
+    assert share(config.replace(keep_rate=keep_rate * 2), side) > share(config, side)
 
 
 def test_the_anchors_that_were_measured() -> None:
@@ -47,17 +49,16 @@ def test_a_cpu_with_amx_is_told_what_was_measured_on_one(monkeypatch) -> None:
     for case in json.loads(RESULTS.read_text()).values():
         for entry in case["measured"]:
             found = entry["settings"]
-            known = {field.name for field in dataclasses.fields(SparsifinerConfig)}
+            known = {*FLAT_NAMES, *(field.name for field in dataclasses.fields(SparsifinerConfig))}
             settings = {name: value for name, value in found["config"].items() if name in known}
-            pairs = {name: tuple(settings[name]) for name in ("query_tile", "query_pool", "tail")}
-            config = SparsifinerConfig(**{**settings, **pairs})
+            config = SparsifinerConfig.from_dict(settings)
             tiling = Tiling(tuple(found["grid"]), config.query_tile, found["num_tokens"] - 4096)
             predictor = build_predictor(
                 config, num_heads=6, head_dim=64, grid=tiling.grid, num_prefix_tokens=tiling.num_prefix_tokens
             )
             monkeypatch.setattr(cpu, "level", lambda: "amx")
             dtype = getattr(torch, found["dtype"])
-            predicted = predicted_share(config, dtype, 1, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
+            predicted = predicted_share(config, dtype, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
             ratios.append(predicted * entry["speedup"]["layer"])
     assert len(ratios) == 4
     assert all(0.75 < ratio < 1.33 for ratio in ratios), ratios
@@ -70,7 +71,8 @@ def test_a_cpu_with_amx_is_told_what_was_measured_on_one(monkeypatch) -> None:
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")])
 def test_without_kernels_sparse_never_pays(dtype: torch.dtype, device: str) -> None:
     q = torch.empty(1, 6, 129**2 - 128 * 2, 64, dtype=dtype, device=device)
-    assert not sparse_pays(SparsifinerConfig(keep_rate=0.02), q, Tiling((127, 129), (4, 4), 2), score_macs=0)
+    inputs = AttentionInputs(q, q, q, Tiling((127, 129), (4, 4), 2), 0.125)
+    assert not sparse_pays(SparsifinerConfig(keep_rate=0.02), inputs, score_macs=0)
 
 
 @pytest.mark.skipif(cpu.why_missing() is not None, reason="the native kernels are not built")
@@ -92,7 +94,7 @@ def test_the_threshold_can_be_set(tiny_vit, images) -> None:
     with torch.no_grad():
         want = model(x)
         for dense_below, dense in ((0, False), (65, False), (66, True)):
-            config = SparsifinerConfig(keep_rate=0.2, dense_below=dense_below)
+            config = SparsifinerConfig.from_dict({"keep_rate": 0.2, "dense_below": dense_below})
             assert torch.equal(sparsifiner.sparsify(model, config)(x), want) == dense
 
 
@@ -109,7 +111,7 @@ def test_training_and_the_oracle_stay_sparse(tiny_vit, images) -> None:
 @pytest.mark.parametrize("predictor", ["pooled", "lowrank", "oracle", "local"])
 def test_the_estimated_work_of_a_predictor_is_what_it_does(predictor: str, tiny_vit, images) -> None:
     """Averaging and regrouping queries are left out of the estimate: the kernels' cost per element covers them."""
-    config = SparsifinerConfig(predictor=predictor, dense_below=0, query_refine=0, n_down=8)
+    config = SparsifinerConfig.from_dict({"predictor": predictor, "query_refine": 0, "n_down": 8, "mode": "sparse"})
     sparse, x = sparsifiner.sparsify(tiny_vit().eval(), config), images(1, 3, 32, 32)
     attention = sparse.blocks[0].attn
     counted = count_flops(sparse, x).layers[0].predictor

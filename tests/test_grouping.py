@@ -11,10 +11,12 @@ from torch import Tensor
 
 import sparsifiner
 from sparsifiner import Connectivity, SparsifinerConfig, Tiling, sparse_attention
+from sparsifiner.attention import AttentionInputs, tail_groups
+from sparsifiner.config import TailConfig
 from sparsifiner.convert import always_sparse
 from sparsifiner.ops import count_unkept, cpu, group_patches, pool_groups
 from sparsifiner.ops.group_patches import blocks_around, grouping_macs
-from sparsifiner.ops.tail import group_keys, tail_groups
+from sparsifiner.ops.tail import group_keys
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
@@ -191,9 +193,10 @@ def test_multiply_adds_of_the_groups_are_counted() -> None:
 def test_layers_with_an_attention_bias_pool_whole_blocks() -> None:
     k = torch.randn(1, 2, 17, 16)
     config, tiling = SparsifinerConfig(tail=(2, 2)), Tiling((4, 4), (4, 4), 1)
-    assert tail_groups(config, k, k, tiling).member is not None
-    assert tail_groups(config, k, k, tiling, torch.zeros(1, 2, 17, 17)).member is None
-    assert tail_groups(config.replace(tail=None), k, k, tiling) is None
+    inputs = AttentionInputs(k, k, k, tiling, 0.25)
+    assert tail_groups(config.tail, inputs).member is not None
+    assert tail_groups(config.tail, inputs.replace(attn_bias=torch.zeros(1, 2, 17, 17))).member is None
+    assert tail_groups(None, inputs) is None
 
 
 def test_regrouping_brings_a_real_model_closer() -> None:
@@ -207,7 +210,7 @@ def test_regrouping_brings_a_real_model_closer() -> None:
     dense = final_features(model, x)
     errors = []
     for steps in (0, 2):
-        sparse = sparsifiner.sparsify(model, SparsifinerConfig(keep_rate=0.1, tail_refine=steps))
+        sparse = sparsifiner.sparsify(model, SparsifinerConfig(keep_rate=0.1, tail=TailConfig(refine=steps)))
         with always_sparse(sparse):
             errors.append(compare_features("", dense, final_features(sparse, x)).patch_l2)
     assert errors[1] < 0.85 * errors[0]
@@ -216,7 +219,7 @@ def test_regrouping_brings_a_real_model_closer() -> None:
 def test_the_torch_path_and_the_kernels_agree_on_a_model(tiny_vit, images, monkeypatch: pytest.MonkeyPatch) -> None:
     if cpu.why_missing() is not None:
         pytest.skip(str(cpu.why_missing()))
-    sparse = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig(keep_rate=0.2, dense_below=0)).eval()
+    sparse = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig(keep_rate=0.2, mode="sparse")).eval()
     x = images(2, 3, 32, 32)
     with torch.no_grad():
         want = sparse(x)

@@ -166,7 +166,7 @@ def test_flops_reproduce_the_published_figures(name, layers, published):
         assert layers * sparsifiner.count_flops(sparse, x).mhsa_macs / 1e6 == pytest.approx(macs, rel=0.03)
 
 
-@pytest.mark.parametrize("config", [SparsifinerConfig(dense_below=0), SparsifinerConfig.paper(n_down=4)])
+@pytest.mark.parametrize("config", [SparsifinerConfig(mode="sparse"), SparsifinerConfig.paper(n_down=4)])
 def test_sparse_and_pruned_models(images, tmp_path: Path, config):
     model, x = small(), images(2, 3, 64, 64)
     sparse = sparsify(model, config, keep_rate=1.0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from choosing import chooser
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_choice import choose_by_torch
 
 from sparsifiner import SparsifinerConfig, Tiling
 from sparsifiner.ops import cpu, group_queries, pool_blocks, tile_keys, top_keys
 from sparsifiner.ops.tail import group_keys
-from sparsifiner.predictors import PooledPredictor, build_predictor
+from sparsifiner.predictors import PooledConfig
 
 pytestmark = [
     pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing())),
@@ -105,24 +105,25 @@ def test_pooling(level: str, dtype: torch.dtype, grid: tuple[int, int], block: t
     ("grid", "tile", "prefix"),
     [((16, 16), (4, 4), 1), ((13, 18), (4, 8), 5), ((7, 9), (1, 1), 0), ((13, 17), (6, 6), 1), ((7, 7), (3, 2), 0)],
 )
-def test_groups_and_stakes_are_those_of_torch(
+def test_groups_and_distances_are_those_of_torch(
     level: str, dtype: torch.dtype, grid: tuple[int, int], tile: tuple[int, int], prefix: int
 ) -> None:
     tiling = Tiling(grid, tile, prefix)
     q, v = torch.randn(2, 2, 3, tiling.num_tokens, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     blocks = tiling.regions((4, 4))
     for keep_prefix in (True, False):
-        predictor = PooledPredictor(SparsifinerConfig(query_tile=tile, tail=(4, 4), keep_prefix=keep_prefix))
+        config = SparsifinerConfig(query_tile=tile, tail=(4, 4), keep_prefix=keep_prefix)
+        predictor = chooser(config, tiling, num_heads=3, head_dim=48)
         with cpu.force_level(level), torch.no_grad():
-            stakes = predictor.stakes(group_keys(v, v, blocks), tiling)
-        exact = predictor.stakes(group_keys(v.double(), v.double(), blocks), tiling)
-        torch.testing.assert_close(stakes.double(), exact, rtol=1e-5, atol=1e-5)
+            distance = predictor.value_distances(group_keys(v, v, blocks), tiling)
+        exact = predictor.value_distances(group_keys(v.double(), v.double(), blocks), tiling)
+        torch.testing.assert_close(distance.double(), exact, rtol=1e-5, atol=1e-5)
     tokens = tiling.tokens(q.device).long()
     tokens = torch.where(tokens >= 0, tokens, tokens[:, :1])
     weights = predictor.groups(q.double(), tiling)
     want = weights @ q.double()[:, :, tokens.flatten()].unflatten(2, tokens.shape)
     start = Tiling(tile, predictor.group_block(tiling)).tile_of_patch(q.device).to(torch.int32)
-    steps = predictor.config.query_refine if weights.shape[3] < tiling.tile_size else 0
+    steps = predictor.settings.query_refine if weights.shape[3] < tiling.tile_size else 0
     with cpu.force_level(level):
         got = group_queries(q, tiling.tokens(q.device), start, weights.shape[3], steps, "native")
     assert got.shape == want.shape
@@ -220,12 +221,13 @@ def test_tiny_and_huge_keys_can_be_scored(level: str, size: float) -> None:
 def test_fused_prediction_selects_what_the_torch_path_selects(level, reduction, grid, tile, tail) -> None:
     """Scoring, merging, weighting by what the tail would get wrong, and selection in one pass."""
     tiling = Tiling(grid, tile, 1)
-    config = SparsifinerConfig(query_tile=tile, tail=tail, reduction=reduction, keep_rate=0.2)
-    predictor = build_predictor(config, num_heads=3, head_dim=64, grid=grid, num_prefix_tokens=1)
+    settings = PooledConfig(reduction=reduction)
+    config = SparsifinerConfig(query_tile=tile, tail=tail, predictor=settings, keep_rate=0.2)
+    predictor = chooser(config, tiling, num_heads=3, head_dim=64)
     q, k, v = torch.randn(3, 2, 3, tiling.num_tokens, 64, generator=torch.Generator().manual_seed(0)) * 1.5
     with cpu.force_level(level):
         fused = predictor(q, k, v, tiling, 0.125)
-    stepwise = choose_by_torch(predictor, q, k, v, tiling, 0.125)
+    stepwise = predictor.by_torch(q, k, v, tiling, 0.125)
     assert torch.equal(fused.to_mask(), stepwise.to_mask())
     assert (fused.indices.diff(dim=-1) > 0).all()
 

@@ -339,12 +339,13 @@ def test_16384_tokens_stay_under_4_gigabytes() -> None:
         from sparsifiner import SparsifinerConfig, Tiling, sparse_attention
         from sparsifiner.ops.tail import group_keys
         from sparsifiner.predictors import build_predictor
+        from sparsifiner.attention import AttentionInputs
         q, k, v = torch.randn(3, 1, 6, 16384, 64).unbind(0)
         tiling = Tiling((128, 128), (4, 4))
         predictor = build_predictor(SparsifinerConfig(), num_heads=6, head_dim=64, grid=(128, 128), num_prefix_tokens=0)
         with torch.inference_mode():
             groups = group_keys(k, v, tiling.regions((4, 4)), 2)
-            connectivity = predictor(q, k, v, tiling, 0.125, groups=groups)
+            connectivity = predictor(AttentionInputs(q, k, v, tiling, 0.125), groups)
             out = sparse_attention(q, k, v, connectivity, tail=groups.tail(connectivity), backend="gather")
         assert out.isfinite().all()
         import resource

@@ -6,13 +6,15 @@ import weakref
 
 import pytest
 import torch
+from choosing import Chooser, chooser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner import SparsifinerConfig, Tiling
-from sparsifiner.config import num_kept
+from sparsifiner.attention import AttentionInputs
+from sparsifiner.geometry.counting import num_kept
 from sparsifiner.ops.tail import group_keys
-from sparsifiner.predictors import LowRankPredictor, OraclePredictor, base, build_predictor
+from sparsifiner.predictors import LowRankPredictor, base, build_predictor
 
 NAMES = ["pooled", "lowrank", "oracle", "local", "strided", "random"]
 
@@ -23,10 +25,8 @@ def tensors(tiling: Tiling, heads: int = 2, width: int = 16, seed: int = 0) -> t
 
 
 def build(name: str, tiling: Tiling, heads: int = 2, **changes: object):
-    config = SparsifinerConfig(predictor=name, query_tile=tiling.tile, **{"tail": (2, 2), **changes})
-    return build_predictor(
-        config, num_heads=heads, head_dim=16, grid=tiling.grid, num_prefix_tokens=tiling.num_prefix_tokens
-    )
+    config = SparsifinerConfig.from_dict({"predictor": name, "query_tile": tiling.tile, "tail": (2, 2), **changes})
+    return chooser(config, tiling, num_heads=heads, head_dim=16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,13 +155,14 @@ def test_strided_keeps_even_steps() -> None:
         assert row.nonzero().flatten().diff().tolist() == [4] * 7
 
 
-def lowrank(tiling: Tiling, **changes: object) -> LowRankPredictor:
+def lowrank(tiling: Tiling, **changes: object) -> Chooser:
     torch.manual_seed(0)
     predictor = build("lowrank", tiling, **changes)
     torch.nn.init.normal_(predictor.w_down)
     if predictor.w_up is not None:
         torch.nn.init.normal_(predictor.w_up)
-    return predictor.eval()
+    predictor.eval()
+    return predictor
 
 
 @pytest.mark.parametrize("reduction", ["max", "sum"])
@@ -179,7 +180,7 @@ def test_lowrank_tiles_merge_their_queries_and_weigh_by_what_a_tail_gets_wrong(
         merged = rows.amax(3) if reduction == "max" else rows.sum(3)
         per_tile = (merged @ predictor.basis(tiling).mT)[..., 1:]
     if tail is not None:
-        groups = group_keys(k, v, tiling.regions(tail), predictor.config.tail_refine)
+        groups = group_keys(k, v, tiling.regions(tail), predictor.config.tail.refine)
         stand_in = groups.of_patches(groups.v)
         per_tile = per_tile * (v[:, :, 1:] - stand_in).norm(dim=-1)[:, :, None]
     want = per_tile.topk(predictor(q, k, v, tiling, 0.25).num_keys - 1, dim=-1).indices + 1
@@ -225,7 +226,7 @@ def test_a_threshold_holds_the_scores_of_one_chunk_at_a_time() -> None:
     q, k, _ = tensors(tiling)
     predictor = lowrank(tiling, score_threshold=0.8, keep_prefix=False, coef_topk=None)
     with torch.no_grad():
-        score, _ = predictor.tile_scores(q, k, None, tiling, 0.25, None)
+        score, _ = predictor.tile_scores(AttentionInputs(q, k, q, tiling, 0.25), None)
         whole = predictor.select(score, [(0, 36)], tiling)
         held: list[weakref.ref[torch.Tensor]] = []
 
@@ -269,4 +270,4 @@ def test_lowrank_settings() -> None:
 
 def test_a_predictor_serves_one_layer() -> None:
     with pytest.raises(ValueError, match="give it config.for_layer"):
-        OraclePredictor(SparsifinerConfig(keep_rate=(0.1, 0.2)))
+        build("oracle", Tiling((4, 4), (2, 2)), keep_rate=(0.1, 0.2))

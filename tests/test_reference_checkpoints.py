@@ -50,7 +50,7 @@ def test_conformance(name: str) -> None:
             coefficients = predictor.coefficients(step.q, step.k, tiling)
             scores = predictor.token_scores(step.q, step.k, tiling)
             # In the reconstruction phase attention is dense; its mask is what the scores would select.
-            connectivity = step.connectivity or predictor(step.q, step.k, step.v, tiling, layer.scale)
+            connectivity = step.connectivity or predictor(layer.inputs(step.q, step.k, step.v))
         mask = connectivity.to_mask()
         assert torch.equal(mask, expected[f"blocks.{number}.mask"])
         torch.testing.assert_close(coefficients, expected[f"blocks.{number}.coef"], **TOLERANCE)

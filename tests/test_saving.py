@@ -18,6 +18,7 @@ from timm.models.vision_transformer import vit_tiny_patch16_224
 from sparsifiner import SparsifinerConfig, from_pretrained, save_pretrained, sparsify
 from sparsifiner._utils.digest import digest
 from sparsifiner.models import load_model
+from sparsifiner.predictors import LowRankConfig
 from sparsifiner.saving import CONFIG_NAME, WEIGHTS_NAME
 
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -30,9 +31,9 @@ def small_timm_model(**changes: object) -> torch.nn.Module:
 @pytest.mark.parametrize(
     "config",
     [
-        SparsifinerConfig(dense_below=0),
+        SparsifinerConfig(mode="sparse"),
         SparsifinerConfig.paper(keep_rate=(0.2, 0.4), n_down=4),
-        SparsifinerConfig(dense_below=0, tail=None),
+        SparsifinerConfig(mode="sparse", tail=None),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +48,7 @@ def test_round_trip(config: SparsifinerConfig, dtype: torch.dtype, tmp_path: Pat
 
 
 def test_a_basis_made_for_another_grid_comes_back(tmp_path: Path) -> None:
-    sparse = sparsify(small_timm_model(), SparsifinerConfig(dense_below=0, predictor="lowrank", n_down=4))
+    sparse = sparsify(small_timm_model(), SparsifinerConfig(mode="sparse", predictor=LowRankConfig(n_down=4)))
     sparse.set_input_size(img_size=(64, 96))
     save_pretrained(sparse, tmp_path)
     back = from_pretrained(tmp_path)
@@ -60,7 +61,7 @@ def test_a_basis_made_for_another_grid_comes_back(tmp_path: Path) -> None:
 
 def test_only_the_difference_is_saved_where_the_pretrained_weights_are_here(tmp_path: Path) -> None:
     model = timm.create_model("vit_small_patch14_saliency", pretrained=True, img_size=112).eval()
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0, predictor="lowrank"))
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse", predictor="lowrank"))
     with torch.no_grad():
         sparse.blocks[3].mlp.fc1.bias.add_(1.0)
     save_pretrained(sparse, tmp_path)
@@ -88,7 +89,7 @@ def test_only_the_difference_is_saved_where_the_pretrained_weights_are_here(tmp_
 def test_models_that_cannot_be_rebuilt_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     # By timm's own function, not create_model, which records its arguments.
     model = vit_tiny_patch16_224(img_size=64, depth=2, num_classes=5, num_heads=6, mlp_ratio=2.0).eval()
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"))
     for known, differing in (({}, "mlp.fc1.bias"), ({"mlp_ratio": 2.0}, r"attn.head_dim \(64 instead of 32\)")):
         with pytest.raises(ValueError, match=f"{differing}.*pass the arguments of timm.create_model as model_args"):
             save_pretrained(sparse, tmp_path / "model", model_args=known)
@@ -117,7 +118,7 @@ def test_models_that_cannot_be_rebuilt_are_refused_before_anything_is_written(tm
 )
 def test_what_timm_was_given_is_saved(name: str, arguments: dict[str, object], tmp_path: Path) -> None:
     model = timm.create_model(name, img_size=64, depth=2, num_classes=5, **arguments).eval()
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"))
     save_pretrained(sparse, tmp_path)
     back = from_pretrained(tmp_path)
     x = torch.randn(1, 3, 72, 60) if "dynamic_img_pad" in arguments else X
@@ -154,14 +155,14 @@ def test_weights_of_several_dtypes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "lvvit_s"])
 def test_a_saved_model_learns_on_with_its_dropout(name: str, tmp_path: Path) -> None:
     model = timm.create_model(name, img_size=64, depth=2, num_classes=5, drop_path_rate=0.3)
-    save_pretrained(sparsify(model, SparsifinerConfig(dense_below=0)), tmp_path)
+    save_pretrained(sparsify(model, SparsifinerConfig(mode="sparse")), tmp_path)
     rates = [path.drop_prob for path in from_pretrained(tmp_path).modules() if type(path).__name__ == "DropPath"]
     assert max(rates) == pytest.approx(0.3)
 
 
 def test_layers_given_as_classes_are_saved_by_name_or_refused(tmp_path: Path) -> None:
     model = small_timm_model(act_layer=torch.nn.ReLU, norm_layer=partial(torch.nn.LayerNorm, eps=1e-3))
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"))
     with pytest.raises(ValueError, match="JSON cannot hold act_layer=<class .*model_args={'act_layer'"):
         save_pretrained(sparse, tmp_path)
     with pytest.raises(ValueError, match="JSON cannot hold norm_layer"):
@@ -172,7 +173,7 @@ def test_layers_given_as_classes_are_saved_by_name_or_refused(tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=f"differs from this model, for instance in {differing}"):
             save_pretrained(sparse, tmp_path, model_args=names)
-    sparse = sparsify(small_timm_model(act_layer=torch.nn.ReLU), SparsifinerConfig(dense_below=0))
+    sparse = sparsify(small_timm_model(act_layer=torch.nn.ReLU), SparsifinerConfig(mode="sparse"))
     save_pretrained(sparse, tmp_path, model_args={"act_layer": "relu"})
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path)(X), sparse(X))
@@ -183,7 +184,7 @@ def test_changes_made_after_creation_are_saved_or_refused(tmp_path: Path) -> Non
     model.blocks = model.blocks[:1]
     model.reset_classifier(3, "avg")
     model.set_input_size(img_size=(64, 96))
-    sparse, x = sparsify(model, SparsifinerConfig(dense_below=0)), torch.randn(1, 3, 64, 96)
+    sparse, x = sparsify(model, SparsifinerConfig(mode="sparse")), torch.randn(1, 3, 64, 96)
     sparse.set_grad_checkpointing()
     save_pretrained(sparse, tmp_path)
     with torch.no_grad():
@@ -201,7 +202,7 @@ def test_the_difference_of_a_model_with_batch_norm(tmp_path: Path, monkeypatch: 
     configurations = timm.models._registry._model_pretrained_cfgs
     local = dataclasses.replace(configurations["lvvit_s"], file=str(tmp_path / "pretrained.safetensors"))
     monkeypatch.setitem(configurations, "lvvit_s", local)
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0))
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"))
     save_pretrained(sparse, tmp_path)
     assert (tmp_path / WEIGHTS_NAME).stat().st_size < 1000
     with torch.no_grad():
@@ -227,8 +228,8 @@ def test_broken_folders(tmp_path: Path) -> None:
     refused("cannot be read")
     (tmp_path / CONFIG_NAME).write_text('{"model_type": "vit"}')
     refused("is not the description of a saved sparse model")
-    (tmp_path / CONFIG_NAME).write_text(good_settings.replace('"format": 4', '"format": 5'))
-    refused("has format 5, this version reads 1 to 4")
+    (tmp_path / CONFIG_NAME).write_text(good_settings.replace('"format": 5', '"format": 6'))
+    refused("has format 6, this version reads 1 to 5")
     (tmp_path / CONFIG_NAME).write_text(good_settings.replace("vit_tiny_patch16_224", "vit_unknown"))
     refused("cannot rebuild vit_unknown")
     (tmp_path / CONFIG_NAME).write_text(good_settings.replace('"depth": 2', '"depth": 1'))
@@ -246,7 +247,7 @@ def test_broken_folders(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse = sparsify(small_timm_model(), SparsifinerConfig(dense_below=0))
+    sparse = sparsify(small_timm_model(), SparsifinerConfig(mode="sparse"))
     save_pretrained(sparse, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

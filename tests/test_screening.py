@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from choosing import Chooser, chooser
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from torch_choice import choose_by_torch
 
 from sparsifiner import SparsifinerConfig, Tiling, sparsify
 from sparsifiner._utils.photos import bundled_photos, preprocess
 from sparsifiner.measure.fidelity import measure_fidelity
 from sparsifiner.models import load_model
 from sparsifiner.ops import cpu
-from sparsifiner.predictors import PooledPredictor, build_predictor
+from sparsifiner.predictors import PooledConfig
 from sparsifiner.predictors.screening import num_screened_blocks
 
 LEVELS = [*cpu.levels(), "amx_emulated"] if cpu.why_missing() is None else []
 
 
-def build(tiling: Tiling, **changes: object) -> PooledPredictor:
-    settings = dict(keep_rate=0.1, query_tile=tiling.tile, screen_from=0)
-    config = SparsifinerConfig(**{**settings, **changes})  # type: ignore[arg-type]
-    predictor = build_predictor(
-        config, num_heads=2, head_dim=32, grid=tiling.grid, num_prefix_tokens=tiling.num_prefix_tokens
-    )
-    assert isinstance(predictor, PooledPredictor)
-    return predictor
+def build(tiling: Tiling, **changes: object) -> Chooser:
+    config = SparsifinerConfig.from_dict({"keep_rate": 0.1, "query_tile": tiling.tile, "screen_from": 0, **changes})
+    return chooser(config, tiling, num_heads=2, head_dim=32)
 
 
 def smooth_qkv(tiling: Tiling, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +47,7 @@ def test_native_kernels_choose_what_torch_chooses(level, dtype, changes, grid, t
     q, k, v = (x.to(dtype) for x in smooth_qkv(tiling))
     with cpu.force_level(level):
         native = predictor(q, k, v, tiling, 32**-0.5)
-    stepwise = choose_by_torch(predictor, q.float(), k.float(), v.float(), tiling, 32**-0.5)
+    stepwise = predictor.by_torch(q.float(), k.float(), v.float(), tiling, 32**-0.5)
     assert native.indices.shape == stepwise.indices.shape
     assert (native.indices.diff(dim=-1) > 0).all()
     same = (native.to_mask() == stepwise.to_mask()).double().mean()
@@ -69,7 +64,7 @@ def test_nothing_is_screened_where_it_is_not_meant_to_be() -> None:
     assert build(tiling, screen_from=None).num_screened_blocks(tiling) is None
     assert build(tiling, keep_rate=0.2).num_screened_blocks(tiling) is None
     assert build(tiling, keep_prefix=False).num_screened_blocks(tiling) is None  # the class token is in no block
-    assert SparsifinerConfig().screen_from == 8192
+    assert SparsifinerConfig().predictor.screen_from == 8192
     thin = Tiling((1, 500), (1, 4), 0)
     assert num_screened_blocks(thin, 10) is None
 
@@ -96,7 +91,7 @@ def test_extreme_keys(level, reduction) -> None:
     k[:, :, 100] = 1e4
     k[:, :, [101, 124, 125]] = -1e4
     if level is None:
-        chosen = choose_by_torch(predictor, q, k, v, tiling, 32**-0.5)
+        chosen = predictor.by_torch(q, k, v, tiling, 32**-0.5)
     else:
         with cpu.force_level(level):
             chosen = predictor(q, k, v, tiling, 32**-0.5)
@@ -155,7 +150,9 @@ def test_features_stay_as_close_to_the_dense_ones_as_with_every_key_scored() -> 
     images = torch.stack([preprocess(model, (504, 504))(photo.image) for photo in photos])
     errors = {}
     for screen_from in (None, 0):
-        sparse = sparsify(model, SparsifinerConfig(keep_rate=0.1, screen_from=screen_from, dense_below=0))
+        sparse = sparsify(
+            model, SparsifinerConfig(keep_rate=0.1, mode="sparse", predictor=PooledConfig(screen_from=screen_from))
+        )
         measured = measure_fidelity(model, sparse, images, [photo.name for photo in photos])
         errors[screen_from] = measured.mean("patch_l2")
     assert errors[None] is not None

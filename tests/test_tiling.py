@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def make_plain(vit: nn.Module) -> nn.Module:
-    return sparsify(vit, SparsifinerConfig(keep_rate=0.2, query_tile=(3, 2), tail=(3, 3), dense_below=0))
+    return sparsify(vit, SparsifinerConfig(keep_rate=0.2, query_tile=(3, 2), mode="sparse", tail=(3, 3)))
 
 
 def make_pruned(vit: nn.Module) -> nn.Module:

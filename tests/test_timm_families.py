@@ -8,7 +8,7 @@ import torch
 from conftest import lively
 
 from sparsifiner import SparsifinerConfig, conversion, densify, sparsify
-from sparsifiner.config import PREDICTORS
+from sparsifiner.predictors import predictor_names
 
 # One model for each combination of attention class, prefix tokens, norms, gates, biases and pooling in timm.
 FAMILIES = [
@@ -80,14 +80,14 @@ def test_keep_rate_one_is_dense(name: str) -> None:
     model, x = small(name)
     with torch.no_grad():
         want = model.forward_features(x)
-        for predictor, tail in itertools.product(PREDICTORS, ((4, 4), None)):
-            sparse = sparsify(model, SparsifinerConfig(dense_below=0, predictor=predictor, tail=tail), keep_rate=1.0)
+        for predictor, tail in itertools.product(predictor_names(), ((4, 4), None)):
+            sparse = sparsify(model, SparsifinerConfig(mode="sparse", predictor=predictor, tail=tail), keep_rate=1.0)
             # Float32 round-off through two layers of width 48.
             assert error(sparse.forward_features(x), want) < 2e-5, (predictor, tail)
-        reduced = sparsify(model, SparsifinerConfig(dense_below=0, tail=None), keep_rate=0.2)
+        reduced = sparsify(model, SparsifinerConfig(mode="sparse", tail=None), keep_rate=0.2)
         assert error(reduced.forward_features(x), want) > 1e-4, "attention does not show, so the test proves nothing"
         assert torch.equal(densify(reduced).forward_features(x), want)
-    swapped, left = conversion(sparse).swapped, conversion(sparse).left
+    swapped, left = conversion(sparse).swapped, conversion(sparse).stayed
     assert len(swapped) == (4 if "18x2" in name else 2)
     assert {item.dense_class for item in left} <= {"AttentionPoolLatent"}
 
@@ -98,7 +98,7 @@ def test_keep_rate_one_is_dense(name: str) -> None:
 def test_keep_rate_one_is_dense_with_every_predictor(predictor, query_tile, keep_prefix, tiny_vit, images) -> None:
     model, x = tiny_vit(), images(2, 3, 32, 32)
     config = SparsifinerConfig(
-        dense_below=0, predictor=predictor, query_tile=query_tile, keep_prefix=keep_prefix, tail=(3, 3)
+        mode="sparse", query_tile=query_tile, keep_prefix=keep_prefix, predictor=predictor, tail=(3, 3)
     )
     with torch.no_grad():
         assert error(sparsify(model, config, keep_rate=1.0)(x), model(x)) < 2e-5
@@ -115,7 +115,7 @@ def test_queries_and_keys_that_norms_leave_in_float32_under_autocast(name: str) 
     assert len(normed) == 4
     for module in normed:
         module.register_forward_hook(lambda module, inputs, output: output.float())
-    sparse = sparsify(model, SparsifinerConfig(dense_below=0), keep_rate=1.0)
+    sparse = sparsify(model, SparsifinerConfig(mode="sparse"), keep_rate=1.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error(sparse.forward_features(x).detach(), model.forward_features(x).detach()) < 3e-2
         out = sparse.train()(x).float()
@@ -143,6 +143,6 @@ def test_attention_dropout_is_refused(tiny_vit) -> None:
 def test_a_partly_convertible_model_warns_and_lists_the_rest(tiny_vit) -> None:
     both = torch.nn.ModuleDict({"vit": tiny_vit(), "other": torch.nn.MultiheadAttention(8, 2)})
     with pytest.warns(UserWarning, match="1 MultiheadAttention left dense: there is no adapter"):
-        sparse = sparsify(both, SparsifinerConfig(dense_below=0))
+        sparse = sparsify(both, SparsifinerConfig(mode="sparse"))
     assert [item.name for item in conversion(sparse).swapped] == ["vit.blocks.0.attn", "vit.blocks.1.attn"]
-    assert [item.name for item in conversion(sparse).left] == ["other"]
+    assert [item.name for item in conversion(sparse).stayed] == ["other"]

@@ -19,7 +19,7 @@ from torch import Tensor
 import sparsifiner
 from sparsifiner import SparsifinerConfig, densify, kept_patches, prune_tokens, sparsify, unprune_tokens
 from sparsifiner.attention.adapters.scored import class_scores
-from sparsifiner.config import num_kept
+from sparsifiner.geometry.counting import num_kept
 from sparsifiner.geometry.patch_grid import PatchGrid
 from sparsifiner.geometry.subset import SubsetTiling, z_order
 from sparsifiner.measure.fidelity import measure_fidelity
@@ -30,7 +30,7 @@ from sparsifiner.reduction.pruning import PruningBlock, is_pruned
 from sparsifiner.report.maps import attention_maps
 
 PAPER = SparsifinerConfig.paper(keep_rate=0.3, n_down=6)
-TILES = SparsifinerConfig(keep_rate=0.2, dense_below=0)
+TILES = SparsifinerConfig(keep_rate=0.2, mode="sparse")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32 round-off of a few layers on unit scale, summed in another order
 
 

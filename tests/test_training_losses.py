@@ -14,7 +14,7 @@ import sparsifiner
 from sparsifiner import SparsifinerConfig
 from sparsifiner.geometry.subset import SubsetTiling
 from sparsifiner.geometry.tiling import Tiling
-from sparsifiner.predictors import build_predictor
+from sparsifiner.predictors import LowRankConfig, build_predictor
 from sparsifiner.training import losses
 from sparsifiner.training.objective import Objective
 from sparsifiner.training.phases import enter_phase
@@ -267,7 +267,7 @@ def test_training_with_tiles_never_makes_a_tensor_of_tokens_by_tokens(predictor,
     dense = timm.create_model(
         "vit_tiny_patch16_224", img_size=64, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=3
     )
-    student = sparsifiner.sparsify(dense, SparsifinerConfig(0.1, predictor=predictor, n_down=8))
+    student = sparsifiner.sparsify(dense, SparsifinerConfig(0.1, predictor=LowRankConfig(n_down=8)))
     enter_phase(student, PhaseConfig("cls_distill", steps=1))
     objective = Objective(student, dense, {"ce": 1.0, "kl": 0.5, "token_mse": 0.5})
     with Largest(256) as seen:

@@ -9,6 +9,7 @@ import timm
 import torch
 
 from sparsifiner import SparsifinerConfig, sparsify
+from sparsifiner.config import TailConfig
 from sparsifiner.training import phases as phases_module
 from sparsifiner.training import student as student_module
 from sparsifiner.training import train
@@ -282,7 +283,7 @@ def test_every_recipe_runs_at_tiny_size(path, folder_of_images, tmp_path, monkey
 
 
 def test_only_matrices_decay(tiny_vit):
-    sparse = sparsify(tiny_vit(), SparsifinerConfig(predictor="lowrank", tail_offset=True))
+    sparse = sparsify(tiny_vit(), SparsifinerConfig(predictor="lowrank", tail=TailConfig(offset=True)))
     phase = PhaseConfig("cls", steps=1, train="all")
     phases_module.enter_phase(sparse, phase)
     groups = phases_module.make_optimizer(sparse, TrainConfig((phase,), weight_decay=0.07), phase).param_groups

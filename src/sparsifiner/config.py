@@ -1,29 +1,60 @@
-"""How a model is sparsified: one frozen dataclass, checked when it is made."""
+"""Settings of a sparse model: one frozen dataclass, checked when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ._utils.checks import choose, flag, number
+from ._utils.checks import choose, flag, number, pair, plain, text
 from ._utils.messages import one_line, shown
 from ._utils.reading import parse_json, read_text
 from ._utils.yaml12 import load_yaml
 from .errors import SparsifinerError
+from .predictors import LowRankConfig, PooledConfig, PredictorConfig, RandomConfig, read_predictor_config
 
-PredictorName = Literal["pooled", "lowrank", "oracle", "local", "strided", "random"]
-PREDICTORS: tuple[str, ...] = get_args(PredictorName)
-Reduction = Literal["max", "sum"]
+Mode = Literal["auto", "sparse", "dense"]
+MOST_REFINE_STEPS = 100
+
+
+@dataclass(frozen=True)
+class TailConfig:
+    """Settings of the tail: groups of keys whose mean key and value stand in for the keys that were not kept.
+
+    Args:
+        block: rows and columns of the patch blocks that the groups start as.
+        refine: how often the patches of these blocks are regrouped by their values (Lloyd steps), each joining the
+            nearest mean of its own and the neighbouring blocks, at most 100; 0 pools the blocks as they are. It takes
+            no effect with an attention bias.
+        offset: each head adds an offset of its own to the tail's logits, zero until ``calibrate`` or training fits
+            it. A block's mean key draws less attention than its keys together (Jensen's inequality), how much less
+            depends on the head.
+    """
+
+    block: tuple[int, int] = (4, 4)
+    refine: int = 2
+    offset: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", pair("tail block", self.block))
+        number("tail refine", self.refine, least=0, most=MOST_REFINE_STEPS, whole=True)
+        flag("tail offset", self.offset)
+
+    def replace(self, **changes: Any) -> TailConfig:
+        """A copy with some settings changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "block": list(self.block)}
 
 
 @dataclass(frozen=True)
 class SparsifinerConfig:
-    """Connectivity, operator and predictor settings of a sparse model.
+    """Connectivity, tail and operator settings of a sparse model.
 
     ``SparsifinerConfig()`` is the training-free default (pooled predictor, 4x4 query tiles, pooled
     tail); :meth:`paper` is the method of Wei et al., CVPR 2023, to the letter.
@@ -31,114 +62,52 @@ class SparsifinerConfig:
     Args:
         keep_rate: share of the keys each query tile keeps, in (0, 1]; one for all layers or one per
             converted layer, in a list, an array or a tensor. ``ceil(keep_rate * candidates)`` keys are kept.
-        predictor: what estimates the connectivity. ``pooled`` is training-free, ``lowrank`` is the
-            paper's learned one, ``oracle`` looks at the dense attention (an upper bound, not a
-            speed-up), ``local``, ``strided`` and ``random`` are fixed-pattern baselines.
+        predictor: settings of what estimates the connectivity, or its name for the default ones. ``PooledConfig`` is
+            training-free, ``LowRankConfig`` the paper's learned one, ``OracleConfig`` looks at the dense attention (an
+            upper bound, not a speed-up), ``LocalConfig``, ``StridedConfig`` and ``RandomConfig`` are fixed patterns.
         query_tile: rows and columns of the patch rectangle whose queries share one list of keys.
             ``(1, 1)`` is the paper's per-token connectivity.
-        tail: rows and columns of the patch blocks that the tail's groups start as, whose mean key and value stand in
-            for the keys that were not kept; None drops those keys as the paper does.
-        tail_refine: how often the patches of these blocks are regrouped by their values (Lloyd steps), each joining the
-            nearest mean of its own and the neighbouring blocks; 0 pools the blocks as they are. It takes no effect
-            with an attention bias.
-        tail_offset: whether each head adds an offset of its own to the tail's logits, zero until ``calibrate`` or
-            training fits it. A block's mean key draws less attention than its keys together (Jensen's
-            inequality), how much less depends on the head.
-        keep_prefix: whether prefix tokens (class, registers) are kept as keys by every tile, on top
+        tail: settings of what stands in for the keys that were not kept, or rows and columns of its blocks; None
+            drops those keys as the paper does.
+        keep_prefix: prefix tokens (class, registers) are kept as keys by every tile, on top
             of the budget. The paper lets the class token compete as an ordinary candidate.
-        query_pool: ``pooled`` only: rows and columns of the sub-blocks whose queries are averaged before
-            scoring; a side that does not divide the tile's is taken as 1.
-        query_refine: ``pooled`` only: Lloyd steps that regroup a tile's queries around those averages.
-        reduction: ``pooled`` and ``lowrank``: how the groups or queries of a tile are merged into one score per key.
-        screen_from: ``pooled`` only: from this many candidate keys on, blocks of 2x2 keys are scored first by their
-            mean, and single keys only in the best of them, about twice as many as are kept and a tenth of all.
-            None: every key is scored. It takes no effect with keep rates from 0.2 on or an attention bias.
-        reduce_n_factor: ``lowrank`` only: ``n_down = num_tokens // reduce_n_factor``.
-        n_down: ``lowrank`` only: number of basis rows, instead of ``reduce_n_factor``.
-        reduce_c_factor: ``lowrank`` only: head width divided by the predictor's width.
-        scale: ``lowrank`` only: factor on the predictor's logits; ``"head_dim"`` is
-            ``(head_dim / reduce_c_factor) ** -0.5``, ``"num_heads"`` the authors' ``num_heads ** -0.5``.
-        coef_topk: ``lowrank`` only: coefficients kept per row, or all with None. The paper keeps 8, which leaves most
-            keys of a tile without a score; nothing computes less for it.
-        coef_threshold: ``lowrank`` only: coefficients at or below it become zero, or None.
-        basis_threshold: ``lowrank`` only: entries of ``|W_up|`` at or below it become zero; 0.02 in the paper.
-        score_threshold: ``lowrank`` only: keep every key that scores above it, instead of the top
-            ``keep_rate``.
-        share_basis: ``lowrank`` only: one matrix serves as ``W_down`` and ``W_up``.
-        attn_recon: ``lowrank`` only: the paper's attention-reconstruction phase. In training mode
-            attention runs dense and scores use the signed basis and all coefficients.
-        seed: ``random`` only: seed of the pattern.
-        dense_below: in evaluation mode, inputs of fewer tokens run attention dense, with the same weights. None:
-            wherever sparse attention is expected to be slower than dense (see ``sparsifiner benchmark``), which on
-            a GPU it always is; 0: never, for experiments about accuracy. Training and the ``oracle`` are always
-            sparse with None, but for the oracle on a patch grid that is smaller than a tile or a block of the tail.
+        mode: in evaluation mode, ``auto`` runs a layer dense, with the same weights, where sparse attention is
+            expected to be slower (see ``sparsifiner benchmark``), or where the patch grid has no room for a tile;
+            ``sparse`` never does; ``dense`` always, in training as well. Training is sparse otherwise.
+        dense_below: with ``auto``, inputs of fewer tokens run dense and all others sparse, whatever is expected.
+        backend: which kernels compute: ``auto`` takes the fastest that can serve; a name is never replaced.
 
     Raises:
-        ValueError: if a setting is out of range; the message says what was expected.
+        SparsifinerError: if a setting is out of range; the message says what was expected.
     """
 
     keep_rate: float | tuple[float, ...] = 0.1
-    predictor: PredictorName = "pooled"
+    predictor: PredictorConfig = dataclasses.field(default_factory=PooledConfig)
     query_tile: tuple[int, int] = (4, 4)
-    tail: tuple[int, int] | None = (4, 4)
-    tail_refine: int = 2
-    tail_offset: bool = False
+    tail: TailConfig | None = dataclasses.field(default_factory=TailConfig)
     keep_prefix: bool = True
-    query_pool: tuple[int, int] = (2, 2)
-    query_refine: int = 2
-    reduction: Reduction = "max"
-    screen_from: int | None = 8192
-    reduce_n_factor: int = 6
-    n_down: int | None = None
-    reduce_c_factor: int = 1
-    scale: float | Literal["head_dim", "num_heads"] = "head_dim"
-    coef_topk: int | None = None
-    coef_threshold: float | None = None
-    basis_threshold: float = 0.0
-    score_threshold: float | None = None
-    share_basis: bool = False
-    attn_recon: bool = False
-    seed: int = 0
+    mode: Mode = "auto"
     dense_below: int | None = None
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
-        rates: Any = _plain(self.keep_rate)
+        rates: Any = plain(self.keep_rate)
         if isinstance(rates, Sequence) and not isinstance(rates, str):
             object.__setattr__(self, "keep_rate", tuple(check_keep_rate(rate) for rate in rates))
             if not rates:
                 raise SparsifinerError("keep_rate is an empty list; give one rate, or one per layer")
         else:
             object.__setattr__(self, "keep_rate", check_keep_rate(rates))
-        choose("predictor", self.predictor, PREDICTORS)
-        for name in ("tail_offset", "keep_prefix", "share_basis", "attn_recon"):
-            flag(name, getattr(self, name))
-        for name in ("query_tile", "query_pool", "tail"):
-            value = getattr(self, name)
-            if value is not None or name != "tail":
-                object.__setattr__(self, name, _pair(name, value))
-        if self.tail_offset and self.tail is None:
-            raise SparsifinerError(
-                "tail_offset needs a tail; set tail to the rows and columns of a block, such as (4, 4)"
-            )
-        choose("reduction", self.reduction, get_args(Reduction))
-        for name in ("reduce_n_factor", "reduce_c_factor", "n_down", "coef_topk"):
-            number(name, getattr(self, name), least=1, whole=True, optional=name in ("n_down", "coef_topk"))
-        if self.coef_topk is not None and self.coef_threshold is not None:
-            raise SparsifinerError("coef_topk and coef_threshold exclude each other; set one of them to None")
-        for name in ("query_refine", "tail_refine", "dense_below", "screen_from"):
-            number(name, getattr(self, name), least=0, whole=True, optional=name in ("dense_below", "screen_from"))
-        number("seed", self.seed, whole=True)
-        for name in ("basis_threshold", "coef_threshold", "score_threshold"):
-            number(name, getattr(self, name), least=0, optional=name != "basis_threshold")
-        if self.scale not in ("head_dim", "num_heads"):
-            number("scale (head_dim, num_heads or a number)", self.scale, above=0)
-        if self.score_threshold is not None and self.predictor != "lowrank":
-            raise SparsifinerError(
-                f"score_threshold needs predictor='lowrank', whose scores have an absolute meaning; "
-                f"predictor {self.predictor!r} keeps the top keep_rate"
-            )
-        if self.attn_recon and self.predictor != "lowrank":
-            raise SparsifinerError(f"attn_recon needs predictor='lowrank', got {self.predictor!r}")
+        object.__setattr__(self, "predictor", read_predictor_config(self.predictor))
+        object.__setattr__(self, "query_tile", pair("query_tile", self.query_tile))
+        if self.tail is not None and not isinstance(self.tail, TailConfig):
+            object.__setattr__(self, "tail", TailConfig(pair("tail", self.tail)))
+        flag("keep_prefix", self.keep_prefix)
+        choose("mode", self.mode, get_args(Mode))
+        number("dense_below", self.dense_below, least=1, whole=True, optional=True)
+        if self.dense_below is not None and self.mode != "auto":
+            raise SparsifinerError(f"dense_below belongs to mode='auto'; mode={self.mode!r} decides for every size")
+        text("backend", self.backend)
 
     @classmethod
     def paper(cls, keep_rate: float | tuple[float, ...] = 0.25, **changes: Any) -> SparsifinerConfig:
@@ -147,12 +116,20 @@ class SparsifinerConfig:
         Per-token connectivity, no tail, the class token an ordinary key, ``n_down = N // 6``,
         head width halved, the 8 largest coefficients, basis threshold 0.02 and the authors' scale. Sparse at
         every size, since per-token connectivity is there to be studied: it is not faster on a CPU.
+
+        Args:
+            keep_rate: share of the keys each query keeps.
+            changes: fields of ``LowRankConfig`` and of this class that differ from the published ones.
         """
-        settings: dict[str, Any] = dict(
-            predictor="lowrank", query_tile=(1, 1), tail=None, keep_prefix=False, scale="num_heads", coef_topk=8,
-            reduce_c_factor=2, basis_threshold=0.02, dense_below=0,
-        )  # fmt: skip
-        return cls(keep_rate=keep_rate, **{**settings, **changes})
+        own = {field.name for field in dataclasses.fields(cls)} - {"predictor", "keep_rate"}
+        known = tuple(field.name for field in dataclasses.fields(LowRankConfig))
+        for name in changes:
+            choose("setting", name, (*own, *known))
+        predictor: dict[str, Any] = dict(scale="num_heads", coef_topk=8, reduce_c_factor=2, basis_threshold=0.02)
+        predictor.update({name: value for name, value in changes.items() if name in known})
+        settings: dict[str, Any] = dict(query_tile=(1, 1), tail=None, keep_prefix=False, mode="sparse")
+        settings.update({name: value for name, value in changes.items() if name in own})
+        return cls(keep_rate=keep_rate, predictor=LowRankConfig(**predictor), **settings)
 
     def replace(self, **changes: Any) -> SparsifinerConfig:
         """A copy with some settings changed, checked again."""
@@ -160,8 +137,8 @@ class SparsifinerConfig:
 
     @property
     def rectangles(self) -> tuple[tuple[int, int], ...]:
-        """What the patch grid must have room for: a query tile and a block of the tail."""
-        return (self.query_tile,) if self.tail is None else (self.query_tile, self.tail)
+        """Rectangles that the patch grid must have room for: a query tile and a block of the tail."""
+        return (self.query_tile,) if self.tail is None else (self.query_tile, self.tail.block)
 
     def for_layer(self, layer: int, num_layers: int) -> SparsifinerConfig:
         """The settings of one converted layer: its own keep rate where there is one per layer."""
@@ -176,15 +153,33 @@ class SparsifinerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {
+            "keep_rate": list(self.keep_rate) if isinstance(self.keep_rate, tuple) else self.keep_rate,
+            "predictor": self.predictor.to_dict(),
+            "query_tile": list(self.query_tile),
+            "tail": None if self.tail is None else self.tail.to_dict(),
+            "keep_prefix": self.keep_prefix,
+            "mode": self.mode,
+            "dense_below": self.dense_below,
+            "backend": self.backend,
+        }
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> SparsifinerConfig:
-        """The inverse of :meth:`to_dict`; unknown names are refused with the nearest known one."""
+        """The inverse of :meth:`to_dict`; it also reads the flat names of version 0.1.0.
+
+        Raises:
+            SparsifinerError: if a name is unknown; the message has the nearest known one.
+        """
+        values = nested_settings(settings)
         known = tuple(field.name for field in dataclasses.fields(cls))
-        for name in settings:
-            choose("setting", name, known)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        for name in values:
+            choose("setting", name, (*known, *FLAT_NAMES))
+        tail = values.get("tail")
+        if isinstance(tail, Mapping):
+            for name in tail:
+                choose("setting of the tail", name, tuple(field.name for field in dataclasses.fields(TailConfig)))
+            values["tail"] = TailConfig(**tail)
         return cls(**values)
 
     @classmethod
@@ -192,8 +187,8 @@ class SparsifinerConfig:
         """Read a YAML or JSON file of settings; ``preset: paper`` starts from :meth:`paper`."""
         path = Path(path)
         try:
-            text = read_text(path)
-            settings = parse_json(text) if path.suffix == ".json" else load_yaml(text)
+            content = read_text(path)
+            settings = parse_json(content) if path.suffix == ".json" else load_yaml(content)
         except OSError as error:
             raise SparsifinerError(f"cannot read the configuration {path}: {error.strerror}") from error
         except ValueError as error:
@@ -211,32 +206,78 @@ class SparsifinerConfig:
         settings = dict(settings)
         preset = settings.pop("preset", "default")
         choose("preset", preset, ("default", "paper"))
-        base = cls.paper() if preset == "paper" else cls()
-        return cls.from_dict({**base.to_dict(), **settings})
+        base = (cls.paper() if preset == "paper" else cls()).to_dict()
+        changes = nested_settings(settings, base)
+        if "dense_below" in changes and "mode" not in changes:
+            changes["mode"] = "auto"
+        elif changes.get("mode", "auto") != "auto" and "dense_below" not in changes:
+            changes["dense_below"] = None
+        return cls.from_dict({**base, **changes})
+
+
+FLAT_NAMES = (
+    "tail_refine", "tail_offset", "query_pool", "query_refine", "reduction", "screen_from", "reduce_n_factor", "n_down",
+    "reduce_c_factor", "scale", "coef_topk", "coef_threshold", "basis_threshold", "score_threshold", "share_basis",
+    "attn_recon", "seed",
+)  # fmt: skip
+"""Settings that version 0.1.0 kept beside the others; they belong to the tail or to one predictor now."""
+
+
+def nested_settings(settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings by name in today's form, whether they were written flat (version 0.1.0) or nested.
+
+    Flat settings of another predictor than the one that is named took no effect, and are left out.
+
+    Args:
+        settings: some settings or all.
+        base: the settings they change, in today's form; those of the same predictor and of the tail stay.
+
+    Raises:
+        SparsifinerError: if a setting was refused in the flat form as well: a threshold or the reconstruction phase
+            without the paper's predictor, an offset without a tail.
+    """
+    values = dict(settings)
+    flat = {name: values.pop(name) for name in FLAT_NAMES if name in values}
+    if values.get("dense_below") == 0 and not isinstance(values["dense_below"], bool):
+        values["dense_below"] = None
+        values.setdefault("mode", "sparse")
+    base_predictor = dict((base or {}).get("predictor") or {"name": PooledConfig.name})
+    predictor = values.get("predictor", base_predictor["name"])
+    given = dict(predictor) if isinstance(predictor, Mapping) else {"name": predictor}
+    given.setdefault("name", base_predictor["name"])
+    if given["name"] == base_predictor["name"]:
+        given = {**base_predictor, **given}
+    own = {field.name for field in dataclasses.fields(read_predictor_config(given["name"]))}
+    for name, needed in (("score_threshold", None), ("attn_recon", False)):
+        if name in flat and name not in own and flat[name] != needed:
+            raise SparsifinerError(f"{name} needs predictor={LowRankConfig.name!r}, got {given['name']!r}")
+    given.update({name: value for name, value in flat.items() if name in own})
+    for other in (PooledConfig, LowRankConfig, RandomConfig):
+        theirs = {field.name for field in dataclasses.fields(other)}
+        other(**{name: value for name, value in flat.items() if name in theirs - own})
+    if "predictor" in values or own & flat.keys():
+        values["predictor"] = given
+    tail_changes = {name.removeprefix("tail_"): value for name, value in flat.items() if name.startswith("tail_")}
+    if "tail" in values or tail_changes:
+        tail = values.get("tail", (base or {}).get("tail", TailConfig().to_dict()))
+        old = (base or {}).get("tail") or TailConfig().to_dict()
+        if tail is None:
+            if tail_changes.get("offset") is True:
+                raise SparsifinerError(
+                    "tail_offset needs a tail; set tail to the rows and columns of a block, such as (4, 4)"
+                )
+        elif not isinstance(tail, TailConfig):
+            block = tail if isinstance(tail, Mapping) else {"block": pair("tail", tail)}
+            tail = {**old, **block, **tail_changes}
+        values["tail"] = tail
+    if isinstance(values.get("keep_rate"), list):
+        values["keep_rate"] = tuple(values["keep_rate"])
+    return values
 
 
 def check_keep_rate(value: object) -> float:
-    """``value`` as a float in (0, 1], or a ValueError that says what was expected."""
-    value = _plain(value)
+    """``value`` as a float in (0, 1], or an error that says what was expected."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise SparsifinerError(f"keep_rate must lie in (0, 1], got {value!r}; 0.1 keeps a tenth of the keys")
     return float(value)
-
-
-def num_kept(share: float, total: int) -> int:
-    """``ceil(share * total)`` of the decimal number that ``share`` was written as: 3 for 0.1 of 30.
-
-    In binary that product is 3.0000000000000004. A power of a share is off by a few units in its last place, too.
-    """
-    return math.ceil(share * total * (1 - 1e-12))
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and lists out of NumPy's and torch's; everything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _pair(name: str, value: object) -> tuple[int, int]:
-    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int) and v >= 1 for v in value):
-        return (value[0], value[1])
-    raise SparsifinerError(f"{name} must be two whole numbers of at least 1, rows and columns, got {value!r}")

@@ -8,16 +8,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import nn
 
-from .attention.adapters import find_adapter
-from .attention.adapters.refused import CHEAP
+from .attention.adapters import Refusal, find_adapter
 from .attention.layer import SparseAttention
+from .attention.policy import Policy, check_fit
 from .config import SparsifinerConfig
 from .errors import SparsifinerError
-from .geometry.patch_grid import drop_unused_grids, find_grid, follow_grid
-from .geometry.tiling import Tiling
+from .geometry.patch_grid import drop_unused_grids, follow_grid
+
+M = TypeVar("M", bound=nn.Module)
+
+_NO_OWNER = "no module above it has a patch_embed and num_prefix_tokens, so the patch grid is unknown"
 
 
 @dataclass(frozen=True)
@@ -29,35 +33,46 @@ class Swapped:
 
 
 @dataclass(frozen=True)
-class Left:
-    """A module that stayed as it was: its path, its class and the reason."""
+class StayedDense:
+    """A module that stayed as it was: its path, its class and the reason.
+
+    ``costly`` is False where it costs O(N) already.
+    """
 
     name: str
     dense_class: str
     reason: str
+    costly: bool = True
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`sparsify` did to a model; ``str()`` of it is a summary."""
+    """Result of :func:`sparsify` for a model, layer by layer; ``str()`` of it is a summary.
+
+    Args:
+        swapped: layers that became sparse.
+        stayed: modules that stayed dense, and why.
+        notes: what no longer works as it did, such as hooks of modules that a sparse layer does not run.
+    """
 
     swapped: list[Swapped] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
+    stayed: list[StayedDense] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         classes = ", ".join(sorted({item.dense_class for item in self.swapped}))
         lines = [f"{len(self.swapped)} attention layers made sparse ({classes})"]
-        lines += [f"left as it was: {item.name} ({item.dense_class}): {item.reason}" for item in self.left]
-        return "\n".join(lines)
+        lines += [f"left as it was: {item.name} ({item.dense_class}): {item.reason}" for item in self.stayed]
+        return "\n".join([*lines, *self.notes])
 
 
 def sparsify(
-    model: nn.Module,
+    model: M,
     config: SparsifinerConfig | None = None,
     *,
     keep_rate: float | Sequence[float] | None = None,
     inplace: bool = False,
-) -> nn.Module:
+) -> M:
     """Make the attention of a timm Vision Transformer sparse, different for every image.
 
     The model is copied unless ``inplace``; the original stays dense and untouched. Weights keep their
@@ -73,10 +88,14 @@ def sparsify(
         The sparse model; its ``forward`` takes and returns what the dense model's does.
 
     Raises:
-        ValueError: if no attention layer can be converted (the reasons are listed), ``config`` is no
-            configuration, a keep rate is out of range, or the patch grid is smaller than a tile. ``model`` is
-            unchanged then.
+        SparsifinerError: if no attention layer can be converted (the reasons are listed), the model drops patches,
+            ``config`` is no configuration, a keep rate is out of range, or the patch grid has no room for a tile with
+            ``mode="sparse"``. ``model`` is unchanged then.
     """
+    if not isinstance(model, nn.Module):
+        raise SparsifinerError(
+            f"sparsify takes a model, an nn.Module such as timm.create_model(...) returns; got {_shown(model)}"
+        )
     if config is None:
         config = SparsifinerConfig()
     elif not isinstance(config, SparsifinerConfig):
@@ -88,33 +107,34 @@ def sparsify(
         config = config.replace(keep_rate=keep_rate)
     if not inplace:
         model = copy.deepcopy(model)
-    owners, left = _survey(model)
-    if not owners:
-        raise SparsifinerError(_nothing_to_convert(model, left))
-    grids = {owner: follow_grid(model.get_submodule(owner)) for owner in set(owners.values())}
+    found, stayed = _survey(model)
+    if not found:
+        raise SparsifinerError(_nothing_to_convert(model, stayed))
+    grids = {owner: follow_grid(_owner_of(model, owner)) for owner in {layer.owner for layer in found}}
     # Every layer is built before the first is swapped, so that a failure leaves the model as it was.
-    layers: dict[str, SparseAttention] = {}
-    swapped = []
-    for number, (name, owner) in enumerate(owners.items()):
-        dense, layer_config = model.get_submodule(name), config.for_layer(number, len(owners))
-        check_fit(grids[owner].shape, layer_config)
+    layers: list[SparseAttention] = []
+    for number, layer in enumerate(found):
+        dense, layer_config = model.get_submodule(layer.paths[0]), config.for_layer(number, len(found))
+        check_fit(grids[layer.owner].shape, layer_config)
         adapter = find_adapter(dense)
         assert isinstance(adapter, type)
-        layers[name] = adapter(dense, layer_config, grids[owner])
-        swapped.append(Swapped(name, type(dense).__name__))
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        layers.append(adapter(dense, layer_config, grids[layer.owner]))
+    for sparse, layer in zip(layers, found, strict=True):
+        for path in layer.paths:
+            model.set_submodule(path, sparse)
     for owner, grid in grids.items():
-        if find_grid(model.get_submodule(owner)) is None:
-            model.get_submodule(f"{owner}.patch_embed".lstrip(".")).register_forward_hook(grid)
-    model._sparsifiner_conversion = Conversion(swapped, left)  # type: ignore[assignment]
-    costly = Counter((item.dense_class, item.reason) for item in left if item.reason not in CHEAP)
+        blocks = [path.rpartition(".")[0] for layer in found if layer.owner == owner for path in layer.paths]
+        grid.attach(_owner_of(model, owner), [model.get_submodule(block) for block in blocks if block != owner])
+    swapped = [Swapped(path, layer.dense_class) for layer in found for path in layer.paths]
+    notes = [f"{layer.paths[0]}.{name}: {why}" for layer in found for name, why in layer.unused_hooks.items()]
+    vars(model)["_sparsifiner_conversion"] = Conversion(swapped, stayed, notes)
+    costly = Counter((item.dense_class, item.reason) for item in stayed if item.costly)
     for (dense_class, reason), count in costly.items():
         warnings.warn(f"{count} {dense_class} left dense: {reason}", stacklevel=2)
     return model
 
 
-def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def densify(model: M, *, inplace: bool = False) -> M:
     """The inverse of :func:`sparsify`: dense attention with the current weights, predictors dropped.
 
     Args:
@@ -126,8 +146,15 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     sparse_layers(model)
     if not inplace:
         model = copy.deepcopy(model)
-    for name, layer in sparse_layers(model).items():
-        model.set_submodule(name, layer.to_dense())
+    dense: dict[int, nn.Module] = {}
+    for layer in model.modules():
+        if isinstance(layer, SparseAttention) and id(layer) not in dense:
+            dense[id(layer)] = layer.to_dense()
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, SparseAttention):
+            model.set_submodule(name, dense[id(layer)])
+            vars(layer).pop("grid", None)
+    del layer
     drop_unused_grids(model)
     for module in model.modules():
         vars(module).pop("_sparsifiner_conversion", None)
@@ -135,7 +162,7 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def conversion(model: nn.Module) -> Conversion:
-    """What :func:`sparsify` swapped in ``model``, and what it left and why."""
+    """Layers of ``model`` that :func:`sparsify` swapped, and those it left and why."""
     record = getattr(model, "_sparsifiner_conversion", None)
     if record is None:
         raise SparsifinerError(f"{type(model).__name__} is not the result of sparsify()")
@@ -160,7 +187,7 @@ def find_sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Whether a model has sparse layers."""
+    """True for a model with sparse layers."""
     return any(isinstance(module, SparseAttention) for module in model.modules())
 
 
@@ -168,15 +195,22 @@ def is_sparse(model: nn.Module) -> bool:
 def always_sparse(model: nn.Module) -> Iterator[None]:
     """Sparse attention at every size while the block runs, for numbers about sparsity: by itself a model in
     evaluation mode attends densely where that is faster. Dense models stay dense."""
+    with use_policy(model, Policy("sparse")):
+        yield
+
+
+@contextmanager
+def use_policy(model: nn.Module, policy: Policy) -> Iterator[None]:
+    """Let all sparse layers decide by ``policy`` while the block runs."""
     layers = list(find_sparse_layers(model).values())
-    configs = [layer.config for layer in layers]
+    before = [layer.policy for layer in layers]
     try:
         for layer in layers:
-            layer.configure(layer.config.replace(dense_below=0))
+            layer.policy = policy
         yield
     finally:
-        for layer, config in zip(layers, configs, strict=True):
-            layer.configure(config)
+        for layer, own in zip(layers, before, strict=True):
+            layer.policy = own
 
 
 def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
@@ -190,21 +224,55 @@ def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
         layer.configure(config)
 
 
-def _survey(model: nn.Module) -> tuple[dict[str, str], list[Left]]:
-    """Paths of the layers to convert, each with the path of the model that embeds its patches; and the rest."""
-    owners: dict[str, str] = {}
-    left: list[Left] = []
-    for name, module in model.named_modules():
-        found = find_adapter(module)
-        if isinstance(found, type):
+@dataclass(frozen=True)
+class _Found:
+    """An attention layer to convert: its paths (several where blocks share it), its model's path and its class."""
+
+    paths: list[str]
+    owner: str
+    dense_class: str
+    unused_hooks: dict[str, str]
+
+
+def _survey(model: nn.Module) -> tuple[list[_Found], list[StayedDense]]:
+    """Attention layers to convert, each with the path of the model that embeds its patches; and the others."""
+    found: dict[int, _Found] = {}
+    stayed: list[StayedDense] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        adapter = find_adapter(module)
+        if isinstance(adapter, type):
             owner = _owner(model, name)
             if owner is not None:
-                owners[name] = owner
+                _check_patch_drop(_owner_of(model, owner))
+                layer = found.setdefault(id(module), _Found([], owner, type(module).__name__, _hooks_that_stop(module)))
+                layer.paths.append(name)
                 continue
-            found = "no module above it has a patch_embed and num_prefix_tokens, so the patch grid is unknown"
-        if found is not None:
-            left.append(Left(name, type(module).__name__, found))
-    return owners, left
+            adapter = Refusal(
+                "no module above it has a patch_embed and num_prefix_tokens, so the patch grid is unknown"
+            )
+        if adapter is not None:
+            stayed.append(StayedDense(name, type(module).__name__, adapter.reason, adapter.costly))
+    return list(found.values()), stayed
+
+
+def _hooks_that_stop(attention: nn.Module) -> dict[str, str]:
+    """Hooks on the dropout of attention weights: a sparse layer has no map of all weights to drop from."""
+    dropout = getattr(attention, "attn_drop", None)
+    if isinstance(dropout, nn.Module) and (dropout._forward_hooks or dropout._forward_pre_hooks):
+        return {
+            "attn_drop": "its hooks are not called any more, since a sparse layer has no dense attention weights; "
+            "use sparsifiner.record(model) to see the connectivity"
+        }
+    return {}
+
+
+def _check_patch_drop(owner: Any) -> None:
+    drop = getattr(owner, "patch_drop", None)
+    if drop is not None and not isinstance(drop, nn.Identity):
+        raise SparsifinerError(
+            f"cannot sparsify {type(owner).__name__}: it drops patches at random in training, which leaves no patch "
+            f"grid; build it with patch_drop_rate=0"
+        )
 
 
 def _owner(model: nn.Module, name: str) -> str | None:
@@ -218,13 +286,16 @@ def _owner(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def check_fit(grid: tuple[int, int], config: SparsifinerConfig) -> None:
-    """Refuse settings whose tiles or tail blocks are larger than the patch grid, rows and columns."""
-    for rectangle in config.rectangles:
-        Tiling(grid, rectangle)
+def _owner_of(model: nn.Module, path: str) -> Any:
+    return model.get_submodule(path)
 
 
-def _nothing_to_convert(model: nn.Module, left: list[Left]) -> str:
-    counts = Counter((item.dense_class, item.reason) for item in left)
+def _nothing_to_convert(model: nn.Module, stayed: list[StayedDense]) -> str:
+    counts = Counter((item.dense_class, item.reason) for item in stayed)
     found = "; ".join(f"{count} {name}: {reason}" for (name, reason), count in counts.items())
     return f"nothing to convert in {type(model).__name__}: {found or 'it has no attention layer that timm ViTs use'}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from ._utils.checks import choose
-from .config import PredictorName, SparsifinerConfig, check_keep_rate
+from .config import SparsifinerConfig, check_keep_rate
 from .convert import sparsify
 from .geometry.patch_grid import follow_grid
+from .predictors import read_predictor_config
 from .reduction import linformer, merge_tokens
 from .reduction.pruning import prune_tokens
 
@@ -57,8 +58,9 @@ def _tiles(predictor: str, **changes: Any) -> Method:
     """Query tiles that keep ``keep_rate`` of the keys, at every size: a comparison must not fall back to dense."""
 
     def config(keep_rate: float) -> SparsifinerConfig:
-        settings: dict[str, Any] = dict(keep_rate=keep_rate, predictor=cast(PredictorName, predictor), dense_below=0)
-        return SparsifinerConfig(**settings, **changes)
+        return SparsifinerConfig(
+            keep_rate=keep_rate, predictor=read_predictor_config(predictor), mode="sparse", **changes
+        )
 
     return _sparse(config)
 
@@ -72,7 +74,7 @@ def _dense(model: nn.Module, keep_rate: float) -> nn.Module:
 
 
 def _tiles_with_pruning(model: nn.Module, keep_rate: float) -> nn.Module:
-    return sparsify(_pruned(model, 0.7, fuse=True), SparsifinerConfig(keep_rate=keep_rate, dense_below=0))
+    return sparsify(_pruned(model, 0.7, fuse=True), SparsifinerConfig(keep_rate=keep_rate, mode="sparse"))
 
 
 def _paper_with_pruning(model: nn.Module, keep_rate: float) -> nn.Module:
@@ -111,7 +113,7 @@ METHODS: dict[str, Method] = {
     "sparsifiner": _tiles("pooled"),
     "sparsifiner-no-tail": _tiles("pooled", tail=None),
     "sparsifiner-evit": Method(
-        _tiles_with_pruning, lambda keep_rate: SparsifinerConfig(keep_rate=keep_rate, dense_below=0)
+        _tiles_with_pruning, lambda keep_rate: SparsifinerConfig(keep_rate=keep_rate, mode="sparse")
     ),
     "lowrank": _tiles("lowrank"),
     "paper": _sparse(_paper_config),

@@ -1,15 +1,42 @@
-"""Look at the connectivity of a forward pass. Nothing is kept unless asked for."""
+"""A look at the attention of a forward pass. Nothing is kept unless asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from .attention.layer import LayerRecord, SparseAttention
+from .attention.attend import LayerRecord
+from .attention.layer import SparseAttention
+from .attention.policy import Policy
 from .config import SparsifinerConfig
 from .convert import sparse_layers, sparsify
+from .predictors import LocalConfig
+
+See = Callable[[str, SparseAttention, LayerRecord], None]
+"""Called with a layer's path, the layer, and what it does, tensors included, before it attends."""
+
+
+@contextmanager
+def observe(model: nn.Module, see: See, names: Collection[str] | None = None) -> Iterator[None]:
+    """Call ``see`` for every attention call of the sparse layers while the block runs.
+
+    Args:
+        model: a sparse model.
+        see: the observer.
+        names: paths of the layers to watch; all if None.
+    """
+    layers = {name: layer for name, layer in sparse_layers(model).items() if names is None or name in names}
+    paths = {id(layer): name for name, layer in layers.items()}
+    previous = {name: layer.observer for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.observer = lambda layer, did: see(paths[id(layer)], layer, did)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.observer = previous[name]
 
 
 @contextmanager
@@ -23,32 +50,18 @@ def record(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, Lay
         model: a sparse model.
         tensors: keep q, k, v and the bias as well; they stay in memory as long as the records do.
     """
-    layers = sparse_layers(model)
-    names = {id(layer): name for name, layer in layers.items()}
     seen: dict[str, LayerRecord] = {}
 
-    def observe(layer: SparseAttention, did: LayerRecord) -> None:
-        seen[names[id(layer)]] = did if tensors else LayerRecord(did.connectivity)
+    def see(name: str, layer: SparseAttention, did: LayerRecord) -> None:
+        seen[name] = did if tensors else LayerRecord(did.connectivity)
 
-    previous = {name: layer.observer for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.observer = observe
+    with observe(model, see):
         yield seen
-    finally:
-        for name, layer in layers.items():
-            layer.observer = previous[name]
 
 
 def observable_twin(dense: nn.Module) -> nn.Module:
-    """A copy of a dense model that attends densely, too, and whose attention layers tell q, k and v.
-
-    Its layers are sparse ones in the paper's reconstruction phase, in which attention is the dense model's.
-    """
-    config = SparsifinerConfig(
-        predictor="lowrank", attn_recon=True, query_tile=(1, 1), tail=None, n_down=1, reduce_c_factor=1
-    )
-    twin = sparsify(dense, config)
+    """A copy of a dense model that attends densely, too, and whose attention layers can be observed."""
+    twin = sparsify(dense, SparsifinerConfig(predictor=LocalConfig(), query_tile=(1, 1), tail=None, mode="dense"))
     for layer in sparse_layers(twin).values():
-        layer.training = True  # this module alone; dropout inside it stays off
+        layer.policy = Policy("dense")
     return twin

@@ -26,15 +26,14 @@ from .config import SparsifinerConfig
 from .convert import find_sparse_layers, sparse_layers, sparsify
 from .errors import SparsifinerError
 from .geometry.patch_grid import check_image_size
-from .predictors import LowRankPredictor
 from .reduction import apply_baseline, baseline_parameters, baseline_settings
 from .reduction.pruning import TokenPruning, is_pruned, prune_tokens, token_pruning
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
-FORMAT = 4
-"""Written; 1, which knew no token pruning, 2, which knew no baselines, and 3, whose tails pooled whole blocks, are read
-as well."""
+FORMAT = 5
+"""Written; 1, which knew no token pruning, 2, which knew no baselines, 3, whose tails pooled whole blocks, and 4, whose
+settings were flat, are read as well."""
 _SWITCHES = (
     "training", "grad_checkpointing", "fused_attn", "aug_active", "distilled_training", "token_labels", "mix_token",
 )  # fmt: skip
@@ -297,7 +296,8 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def _basis_grid(layer: SparseAttention) -> list[int] | None:
     """The patch grid a low-rank basis is made for; other predictors have none."""
-    return list(layer.predictor.grid) if isinstance(layer.predictor, LowRankPredictor) else None
+    grid = layer.predictor.basis_grid
+    return None if grid is None else list(grid)
 
 
 def _common_config(configs: list[SparsifinerConfig]) -> SparsifinerConfig:

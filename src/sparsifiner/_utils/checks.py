@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from ..errors import SparsifinerError
 
@@ -60,3 +62,16 @@ def flag(what: str, value: object) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise SparsifinerError(f"{what} must be true or false, got {value!r}")
+
+
+def plain(value: Any) -> Any:
+    """Numbers and lists out of NumPy's and torch's; everything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def pair(what: str, value: object) -> tuple[int, int]:
+    """Two whole numbers of at least 1, rows and columns."""
+    value = plain(value)
+    if isinstance(value, Sequence) and len(value) == 2 and all(type(v) is int and v >= 1 for v in value):
+        return (value[0], value[1])
+    raise SparsifinerError(f"{what} must be two whole numbers of at least 1, rows and columns, got {value!r}")

@@ -1,1 +1,17 @@
-"""The sparse attention layer and its adapters."""
+"""Attention of a layer: the pure function, the layer around it, and the choice between dense and sparse."""
+
+from ..ops.inputs import AttentionInputs
+from .attend import LayerRecord, attend, dense_attention, tail_groups
+from .layer import Observer, SparseAttention
+from .policy import Policy
+
+__all__ = [
+    "AttentionInputs",
+    "LayerRecord",
+    "Observer",
+    "Policy",
+    "SparseAttention",
+    "attend",
+    "dense_attention",
+    "tail_groups",
+]

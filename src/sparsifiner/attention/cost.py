@@ -1,4 +1,4 @@
-"""Whether sparse attention is expected to be faster than dense attention, before anything is computed."""
+"""Expected time of sparse attention against dense attention, before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ..config import SparsifinerConfig, num_kept
+from ..config import SparsifinerConfig
+from ..geometry.counting import num_kept
 from ..geometry.tiling import Tiling
 from ..ops import cpu
 from ..ops.attend import ATTEND
 from ..ops.group_patches import grouping_macs
+from ..ops.inputs import AttentionInputs
 from ..ops.registry import refusal
 
 # Sparse must be predicted to take less than this share of dense: the model of the cost is 15 to 25 % off.
@@ -21,7 +22,7 @@ MARGIN = 0.9
 
 @dataclass(frozen=True)
 class Costs:
-    """What the native kernels cost, in units of a multiply-add of dense ``scaled_dot_product_attention``.
+    """Costs of the native kernels, in units of a multiply-add of dense ``scaled_dot_product_attention``.
 
     Fitted by ``benchmarks/cost.py`` to interleaved measurements on 2 cores with AVX-512 and bfloat16
     products; ratios of one CPU to itself, which carry over better than times. ``regroup`` was measured by itself on
@@ -51,51 +52,41 @@ _AMX_COSTS = Costs(attend=1.6, score=2.8, element=340.0, regroup=22.0, call=42e6
 
 
 def costs_of(dtype: torch.dtype, level: str | None) -> Costs:
-    """What the kernels of the instruction set ``level`` cost in float32 or bfloat16."""
+    """Costs of the kernels of the instruction set ``level`` in float32 or bfloat16."""
     return _AMX_COSTS if level == "amx" and dtype == torch.bfloat16 else _COSTS[dtype]
 
 
-def sparse_pays(
-    config: SparsifinerConfig, q: Tensor, tiling: Tiling, score_macs: int, attn_bias: Tensor | None = None
-) -> bool:
-    """Whether a sparse layer is expected to beat dense attention for queries like ``q`` where they are.
+def sparse_pays(config: SparsifinerConfig, inputs: AttentionInputs, score_macs: int) -> bool:
+    """True where a sparse layer is expected to beat dense attention for ``inputs`` on the kernels that serve them.
 
-    The answer depends on shapes, dtype and settings only, never on the clock, so that a model's output does not
-    depend on how busy a machine is. Without the native kernels, so on a GPU, too, sparse attention is never faster
-    (an H200 takes 24 times as long as with dense attention at 5,476 tokens and 17 times at 256).
+    The answer depends on shapes, dtype and settings only: never on the clock, so that a model's output does not
+    depend on how busy a machine is, and never on the batch size, so that an image's does not depend on its
+    neighbours. In plain PyTorch, so on a GPU, too, sparse attention is never faster (an H200 takes 24 times as long as
+    with dense attention at 5,476 tokens and 17 times at 256).
 
     Args:
         config: settings of the layer.
-        q: queries ``[B, H, N, D]``.
-        tiling: query tiles of this input.
+        inputs: of the attention call.
         score_macs: multiply-adds of the predictor for one image.
-        attn_bias: as in ``sparse_attention``; the native kernels take none.
     """
-    batch, heads, _, width = q.shape
-    if refusal(ATTEND, "native", False, {"q": q, "attn_bias": attn_bias}) is not None:
+    q = inputs.q
+    if refusal(ATTEND, "native", False, {"q": q, "attn_bias": inputs.attn_bias}) is not None:
         return False
-    return predicted_share(config, q.dtype, batch, heads, width, tiling, score_macs) < MARGIN
+    return predicted_share(config, q.dtype, q.shape[1], q.shape[3], inputs.tiling, score_macs) < MARGIN
 
 
 def predicted_share(
-    config: SparsifinerConfig,
-    dtype: torch.dtype,
-    batch: int,
-    heads: int,
-    width: int,
-    tiling: Tiling,
-    score_macs: int,
+    config: SparsifinerConfig, dtype: torch.dtype, heads: int, width: int, tiling: Tiling, score_macs: int
 ) -> float:
-    """Predicted time of a sparse layer's attention over that of dense attention.
+    """Predicted time of a sparse layer's attention over that of dense attention, for one image.
 
     Args:
         config: settings of the layer.
         dtype: float32 or bfloat16.
-        batch: images.
         heads: heads of the layer.
         width: width of a head.
         tiling: query tiles of the input.
-        score_macs: multiply-adds of the predictor for one image.
+        score_macs: multiply-adds of the predictor.
     """
     assert isinstance(config.keep_rate, float)
     costs = costs_of(dtype, cpu.level())
@@ -103,14 +94,17 @@ def predicted_share(
     keys = min(kept, tiling.num_patches) + tiling.num_prefix_tokens
     regroup_macs = 0
     if config.tail is not None:
-        blocks = tiling.regions(config.tail)
+        blocks = tiling.regions(config.tail.block)
         keys += blocks.num_tiles
-        regroup_macs = heads * grouping_macs(blocks, width, config.tail_refine)
+        regroup_macs = heads * grouping_macs(blocks, width, config.tail.refine)
     lanes = math.ceil(tiling.tile_size / 16) * 16  # queries lie in the lanes of vectors of 16
     attend_macs = 2 * heads * width * tiling.num_tiles * lanes * keys
     elements = heads * width * tiling.num_tokens
-    per_image = (
-        costs.attend * attend_macs + costs.score * score_macs + costs.element * elements + costs.regroup * regroup_macs
+    sparse = (
+        costs.attend * attend_macs
+        + costs.score * score_macs
+        + costs.element * elements
+        + costs.regroup * regroup_macs
+        + costs.call
     )
-    sparse = batch * per_image + costs.call
-    return sparse / (2 * batch * heads * width * tiling.num_tokens**2)
+    return sparse / (2 * heads * width * tiling.num_tokens**2)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..config import num_kept
 from ..convert import sparse_layers
+from ..geometry.counting import num_kept
 from .observation import Replay, dense_attention, sparse_again
 
 STEPS = (1 / 3, 1.0, 3.0)

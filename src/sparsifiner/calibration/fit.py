@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.progress import Progress, progress_on
+from ..attention.attend import tail_groups
 from ..attention.layer import SparseAttention
+from ..attention.module_state import weight_like
 from ..config import SparsifinerConfig
 from ..convert import sparse_layers
 from ..errors import SparsifinerError
@@ -117,9 +119,9 @@ def calibrate(
             run.fit_tail("tail offsets at the new keep rates")
         result = run.measure(model, val_images, held_out=validation is not None)
     for name, layer in layers.items():
-        fitted, dense_below = run.layers[name], layer.config.dense_below
+        fitted, own = run.layers[name], layer.config
         layer.predictor = fitted.predictor.train(layer.training)
-        layer.configure(fitted.config.replace(dense_below=dense_below))
+        layer.configure(fitted.config.replace(mode=own.mode, dense_below=own.dense_below))
     return result
 
 
@@ -133,7 +135,7 @@ class _Run:
         self.saved_at = time.monotonic()
         for layer in self.layers.values():
             _watch_sparse(layer)
-            if layer.config.tail is not None and not layer.config.tail_offset:
+            if layer.config.tail is not None and not layer.config.tail.offset:
                 _add_tail_offset(layer)
 
     def stage(self, name: str, total: int, step: Callable[[int], None]) -> None:
@@ -148,7 +150,7 @@ class _Run:
             self.tell(name, number + 1, total)
 
     def on_device(self, x: Tensor) -> Tensor:
-        weight = next(iter(self.layers.values())).proj.weight
+        weight = weight_like(next(iter(self.layers.values())))
         return x.to(device=weight.device, dtype=weight.dtype)
 
     def fit_predictors(self, start: Start, steps: int, learning_rate: float) -> None:
@@ -245,13 +247,11 @@ class _Run:
             def visit(name: str, layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
                 if name not in fits:
                     return
-                tiling = layer.tiling(q.shape[2])
-                tiles = sample_tiles(tiling, QUERIES // tiling.tile_size or 1, self._generator(number, 2)).to(q.device)
+                inputs = layer.inputs(q.float(), k.float(), v.float(), bias)
+                tiles = sample_tiles(inputs.tiling, QUERIES // inputs.tiling.tile_size or 1, self._generator(number, 2))
+                groups = tail_groups(layer.config.tail, inputs)
                 with torch.enable_grad():
-                    loss = reconstruction_loss(
-                        fits[name], q.float(), k.float(), v.float(), tiling, tiles, layer.scale, bias
-                    )
-                    loss.backward()
+                    reconstruction_loss(fits[name], inputs, groups, tiles.to(q.device)).backward()
 
             visit_densely(self.model, self.on_device(self.images[order[place]]), visit)
             for group, size in zip(optimizer.param_groups, sizes, strict=True):
@@ -350,13 +350,14 @@ class _Run:
 def _watch_sparse(layer: SparseAttention) -> None:
     """On a copy: what counts is how the layer is when sparse, also at a size where it would run dense."""
     layer.observer = None
-    layer.configure(layer.config.replace(dense_below=0))
+    layer.configure(layer.config.replace(mode="sparse", dense_below=None))
 
 
 def _add_tail_offset(layer: SparseAttention) -> None:
     old = layer.predictor
-    layer.configure(layer.config.replace(tail_offset=True))
-    layer.reset_predictor(old.grid if isinstance(old, LowRankPredictor) else layer.grid.shape)
+    assert layer.config.tail is not None
+    layer.configure(layer.config.replace(tail=layer.config.tail.replace(offset=True)))
+    layer.reset_predictor(old.basis_grid or layer.grid.shape)
     layer.predictor.load_state_dict(old.state_dict(), strict=False)
     layer.predictor.eval()
 
@@ -368,18 +369,18 @@ def _size_of(name: str, parameters: dict[str, torch.nn.Parameter]) -> float:
 
 
 def has_something_to_fit(config: SparsifinerConfig) -> bool:
-    """Whether calibration changes a layer of these settings, its keep rate aside."""
-    return config.tail is not None or config.predictor == "lowrank"
+    """True where calibration changes a layer of these settings, its keep rate aside."""
+    return config.tail is not None or config.predictor.learned
 
 
 def _check_something_to_fit(layers: dict[str, SparseAttention], keep_rates: KeepRates) -> None:
     configs = [layer.config for layer in layers.values()]
-    if keep_rates == "per_layer" and any(config.score_threshold is not None for config in configs):
+    if keep_rates == "per_layer" and any(config.predictor.keeps_any_number for config in configs):
         raise SparsifinerError("keep_rates='per_layer' needs a budget, but score_threshold keeps any number of keys")
     if keep_rates == "given" and not any(map(has_something_to_fit, configs)):
         raise SparsifinerError(
-            f"predictor {configs[0].predictor!r} without a tail has nothing to fit; use predictor='lowrank', a tail, "
-            f"or keep_rates='per_layer'"
+            f"predictor {configs[0].predictor.name!r} without a tail has nothing to fit; use a learned predictor, a "
+            f"tail, or keep_rates='per_layer'"
         )
 
 

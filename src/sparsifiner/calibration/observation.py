@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.layer import SparseAttention
+from ..attention.layer import Observer, SparseAttention
+from ..attention.policy import Policy
 from ..convert import sparse_layers
 from ..errors import SparsifinerError
 from ..measure.fidelity import final_features
@@ -24,31 +24,30 @@ Visit = Callable[[str, SparseAttention, Tensor, Tensor, Tensor, "Tensor | None"]
 def dense_attention(layers: Mapping[str, SparseAttention], visit: Visit | None = None) -> Iterator[None]:
     """While the block runs, ``layers`` attend densely; ``visit`` sees the input of each before it does."""
 
-    def dense(name: str, layer: SparseAttention) -> Callable[..., Tensor]:
-        def attend(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> Tensor:
-            if visit is not None:
-                visit(name, layer, q, k, v, attn_bias)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=layer.scale)
+    def watch(name: str) -> Observer | None:
+        if visit is None:
+            return None
+        return lambda layer, did: visit(name, layer, did.q, did.k, did.v, did.attn_bias)  # type: ignore[arg-type]
 
-        return attend
-
+    before = [(layer.policy, layer.observer) for layer in layers.values()]
     try:
         for name, layer in layers.items():
-            layer.attend = dense(name, layer)  # type: ignore[method-assign]
+            layer.policy, layer.observer = Policy("dense"), watch(name)
         yield
     finally:
-        for layer in layers.values():
-            vars(layer).pop("attend", None)
+        for layer, (policy, observer) in zip(layers.values(), before, strict=True):
+            layer.policy, layer.observer = policy, observer
 
 
 @contextmanager
 def sparse_again(layer: SparseAttention) -> Iterator[None]:
     """Inside :func:`dense_attention`: while the block runs, this layer attends sparsely."""
-    dense = vars(layer).pop("attend")
+    dense, observer = layer.policy, layer.observer
+    layer.policy, layer.observer = Policy("sparse"), None
     try:
         yield
     finally:
-        layer.attend = dense  # type: ignore[method-assign]
+        layer.policy, layer.observer = dense, observer
 
 
 def visit_densely(model: nn.Module, x: Tensor, visit: Visit) -> tuple[Tensor, Tensor | None]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..geometry.tiling import Tiling
-from ..ops.tail import KeyGroups, tail_groups
+from ..ops.inputs import AttentionInputs
+from ..ops.tail import KeyGroups
 from ..predictors import LowRankPredictor
 
 WEIGHT = 0.01
@@ -14,34 +14,25 @@ WEIGHT = 0.01
 
 
 def reconstruction_loss(
-    predictor: LowRankPredictor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiling: Tiling,
-    tiles: Tensor,
-    scale: float,
-    attn_bias: Tensor | None = None,
+    predictor: LowRankPredictor, inputs: AttentionInputs, groups: KeyGroups | None, tiles: Tensor
 ) -> Tensor:
     """``0.01 * sum((score - target)^2)`` per head, for the queries of ``tiles``; a scalar with gradients.
 
     Without a tail the target is the dense attention. With a tail it is what the tail would get wrong of each key,
-    as :func:`tail_misses` has it, and the score is the one that selects: estimated attention times the key's stake.
-    Both are taken in units of the head's mean stake, so that the loss has the size it has without a tail. The queries
-    of a tile (of which there is one in the paper) are merged on both sides as ``reduction`` says: by their maximum, or
+    as :func:`tail_misses` has it, and the score is the one that selects: estimated attention times the distance of the
+    key's value. Both are in units of the head's mean distance, so that the loss has its size without a tail.
+    The queries of a tile (one in the paper) are merged on both sides as ``reduction`` says: by their maximum, or
     by their mean where scores are sums.
 
     Args:
         predictor: float32; in training mode with ``attn_recon`` its scores use the signed basis and all
             coefficients, as the authors' first phase does.
-        q: queries ``[B, H, N, D]``, float32.
-        k: keys ``[B, H, N, D]``.
-        v: values ``[B, H, N, D]``.
-        tiling: the query tiles.
+        inputs: of the attention call, float32.
+        groups: of the tail, or None without one.
         tiles: numbers of the tiles to look at, ``[t]``.
-        scale: factor on the attention logits.
-        attn_bias: added to them, ``[1 or B, 1 or H, N, N]``, or None.
     """
+    q, k, v, tiling, scale = inputs.q, inputs.k, inputs.v, inputs.tiling, inputs.scale
+    attn_bias = inputs.attn_bias
     tokens = tiling.tokens(q.device)[tiles].long()  # [t, S]
     inside = (tokens >= 0).to(q.dtype)[..., None]  # [t, S, 1]
     rows = tokens.clamp(min=0).flatten()
@@ -49,24 +40,23 @@ def reconstruction_loss(
     def merged(values: Tensor) -> Tensor:
         """``[B, H, t * S, n]`` of single queries, not negative, to ``[B, H, t, n]`` of tiles."""
         of_tiles = values.unflatten(2, tokens.shape) * inside
-        return of_tiles.amax(3) if predictor.config.reduction == "max" else of_tiles.sum(3) / inside.sum(1)
+        return of_tiles.amax(3) if predictor.settings.reduction == "max" else of_tiles.sum(3) / inside.sum(1)
 
     first = predictor.first_candidate(tiling)
     coef = predictor.coefficients_of(predictor.q_proj(q[:, :, rows]), predictor.k_proj(k), tiling)
     score = merged(coef) @ predictor.basis(tiling)[..., first:, :].mT
     bias = None if attn_bias is None else attn_bias[:, :, rows].to(q.dtype)
-    groups = tail_groups(predictor.config, k, v, tiling, attn_bias)
-    stakes = predictor.stakes(groups, tiling)
+    distance = predictor.value_distances(groups, tiling)
     with torch.no_grad():
-        if stakes is None or groups is None:
+        if distance is None or groups is None:
             target = dense_attention_weights(q[:, :, rows], k, scale, bias)[..., first:]
         else:
-            unit = stakes.mean(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+            unit = distance.mean(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
             misses = tail_misses(q[:, :, rows], k, v, groups, scale, bias)[..., first:]
-            target, stakes = misses / unit[:, :, None], stakes / unit
+            target, distance = misses / unit[:, :, None], distance / unit
         target = merged(target)
-    if stakes is not None:
-        score = score * stakes[:, :, None]
+    if distance is not None:
+        score = score * distance[:, :, None]
     return WEIGHT * (score - target).square().sum() / (q.shape[0] * q.shape[1])
 
 

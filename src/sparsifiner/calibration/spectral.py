@@ -147,5 +147,5 @@ def start(predictor: LowRankPredictor, moments: Tensor, scale: float) -> None:
     predictor.w_down.copy_(down)
     if predictor.w_up is not None:
         # A region of many patches hands each so little that the threshold of the basis would cut it off.
-        lowest = 2 * predictor.config.basis_threshold
+        lowest = 2 * predictor.settings.basis_threshold
         predictor.w_up.copy_(up * max(1.0, lowest / up.amax(0).median().clamp(min=1e-12).item()))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.attend import dense_attention, tail_groups
 from ..attention.layer import SparseAttention
 from ..geometry.tiling import Tiling
 from ..ops.connectivity import Connectivity
-from ..ops.tail import Tail, tail_groups
+from ..ops.tail import Tail
 
 OFFSETS = torch.linspace(-1.0, 2.0, 31)
 """The offsets that are tried; the best is refined between its neighbours."""
@@ -37,10 +37,10 @@ def offset_errors(
         tiles: numbers of the tiles to look at, ``[t]``.
     """
     assert layer.config.tail is not None
-    tiling = layer.tiling(q.shape[2])
-    groups = tail_groups(layer.config, k, v, tiling, attn_bias)
+    inputs = layer.inputs(q, k, v, attn_bias)
+    tiling, groups = inputs.tiling, tail_groups(layer.config.tail, inputs)
     assert groups is not None
-    connectivity = layer.predictor(q, k, v, tiling, layer.scale, attn_bias, groups)
+    connectivity = layer.predictor(inputs, groups)
     q, k, v = q.float(), k.float(), v.float()
     tail = groups.tail(connectivity)
     tail = Tail(tail.k.float(), tail.v.float(), tail.bias)
@@ -80,7 +80,7 @@ def _parts(
     if attn_bias is not None:
         bias = attn_bias[:, :, rows]
         assert layer.config.tail is not None
-        blocks = tiling.regions(layer.config.tail)
+        blocks = tiling.regions(layer.config.tail.block)
         logits = logits + bias
         pooled_logits = pooled_logits + blocks.mean_patches(bias[..., tiling.num_prefix_tokens :, None])[..., 0]
     pooled_logits = pooled_logits + tail.bias[:, :, tiles][:, :, tile_of_row]
@@ -124,6 +124,6 @@ def output_errors(
     attn_bias: Tensor | None,
 ) -> list[float]:
     """Relative L2 error of each layer's attention output on the same dense input, patches and prefix tokens."""
-    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=layers[0].scale).float()
+    dense = dense_attention(layers[0].inputs(q, k, v, attn_bias)).float()
     size = dense.norm().clamp(min=torch.finfo(torch.float32).tiny)
     return [((layer.attend(q, k, v, attn_bias).float() - dense).norm() / size).item() for layer in layers]

@@ -51,7 +51,7 @@ class Cell:
     def learns_predictor(self) -> bool:
         """Whether it has predictors with weights."""
         config = find_method(self.method).config
-        return config is not None and config(self.keep_rate).predictor == "lowrank"
+        return config is not None and config(self.keep_rate).predictor.learned
 
 
 DENSE = Cell("dense", 1.0)

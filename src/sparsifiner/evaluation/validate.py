@@ -178,7 +178,7 @@ def _describe(model: nn.Module) -> str:
 def _keep_rates(model: nn.Module) -> list[float]:
     """Those of the sparse layers, rising; a layer with a score threshold in their place has none."""
     layers = find_sparse_layers(model).values()
-    return sorted(layer.predictor.keep_rate for layer in layers if layer.config.score_threshold is None)
+    return sorted(layer.predictor.keep_rate for layer in layers if not layer.config.predictor.keeps_any_number)
 
 
 def _measure(

@@ -1,24 +1,33 @@
-"""How the attention layers of one model learn the patch grid of the current input."""
+"""The patch grid of the present input, as the attention layers of one model learn it."""
 
 from __future__ import annotations
 
+import copy
+import threading
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import SparsifinerError
+from .forward_pass import ForwardPass
 from .subset import SubsetTiling
 from .tiling import Tiling
+
+_MOST_PENDING = 64
 
 
 class PatchGrid:
     """The patch grid of the input being processed, shared by all sparse layers below one patch embedding.
 
-    It is a forward hook of the patch embedding, because attention layers see a flat sequence and cannot
-    tell a 16x64 grid from a 32x32 one. One model instance serves one input size at a time: threads that
-    feed different sizes concurrently need a copy of the model each. Where tokens are pruned it also knows
-    which patches each image of the batch still holds; such a model serves one thread at a time.
+    Attention layers see a flat sequence and cannot tell a 16x64 grid from a 32x32 one. Hooks of the patch embedding
+    note the grid of each image, and hooks of the blocks tie it to the very tensors that pass through them, so that a
+    block that runs again (activation checkpointing) finds the state of the pass its input belongs to. Each thread has
+    passes of its own.
 
     Args:
         shape: rows and columns the model was built for, used until the first forward pass.
@@ -27,55 +36,254 @@ class PatchGrid:
     """
 
     def __init__(self, shape: tuple[int, int], patch_size: tuple[int, int], num_prefix_tokens: int) -> None:
-        self.shape = shape
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens
-        # By length of the sequence, which shrinks wherever tokens go, so that a layer that runs again
-        # (activation checkpointing) finds the patches it saw the first time, until the next forward pass.
-        self.kept: dict[int, Tensor] = {}
+        self.latest = ForwardPass(shape)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without memory of any forward pass but the grid of the latest."""
+        self.latest = ForwardPass(self.latest.shape)
+        self._owner: weakref.ref[nn.Module] | None = None
+        self._thread = threading.local()
+        self._passes = WeakTensorKeyDictionary()
+        self._alive: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to one forward pass; ``torch.export`` leaves fake tensors there."""
-        return {**vars(self), "kept": {}}
+        return {name: getattr(self, name) for name in ("patch_size", "num_prefix_tokens", "shape")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.patch_size, self.num_prefix_tokens = state["patch_size"], state["num_prefix_tokens"]
+        self.latest = ForwardPass(state["shape"])
+        self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchGrid:
+        """A new one for a copy of the whole model; a block or an embedding copied alone goes on with this one."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and id(owner) not in memo:
+            return self
+        new = PatchGrid(self.shape, self.patch_size, self.num_prefix_tokens)
+        new._owner = None if owner is None else weakref.ref(memo[id(owner)])
+        memo[id(self)] = new
+        return new
+
+    @property
+    def current(self) -> ForwardPass:
+        """The forward pass under way in this thread, or the latest of any."""
+        if torch.compiler.is_compiling():
+            return self.latest
+        own: ForwardPass | None = getattr(self._thread, "current", None)
+        return self.latest if own is None else own
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the present patch grid."""
+        return self.current.shape
+
+    @shape.setter
+    def shape(self, shape: tuple[int, int]) -> None:
+        self._enter(ForwardPass(shape))
+
+    @property
+    def kept(self) -> dict[int, Tensor]:
+        """As in ``ForwardPass``, of the present pass."""
+        return self.current.kept
 
     @property
     def num_patches(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.current.num_patches
 
     def follow(self, other: PatchGrid) -> None:
         """Take over what another grid saw in its latest forward pass, to attend to that pass's tokens."""
-        self.shape, self.kept = other.shape, dict(other.kept)
+        self._enter(other.current.copy())
 
     def tiling(self, tile: tuple[int, int], num_tokens: int) -> Tiling:
         """The query tiles of a sequence of ``num_tokens`` tokens, of the patches that it still holds."""
-        positions = self.kept.get(num_tokens)
+        state = self.current
+        positions = state.kept.get(num_tokens)
         if positions is None:
-            return Tiling(self.shape, tile, self.num_prefix_tokens)
-        return SubsetTiling.of(positions, self.shape, tile, self.num_prefix_tokens, num_tokens)
+            return Tiling(state.shape, tile, self.num_prefix_tokens)
+        return SubsetTiling.of(positions, state.shape, tile, self.num_prefix_tokens, num_tokens)
 
-    def __call__(self, patch_embed: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.kept = {}
+    def projected(self, proj: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Hook of the embedding's convolution: its output ``[B, C, rows, columns]`` is the grid."""
+        if isinstance(output, Tensor) and output.ndim == 4:
+            self._begin((output.shape[2], output.shape[3]), embedded=False)
+
+    def embedded(self, patch_embed: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook of the patch embedding."""
         if output.ndim == 4:  # [B, rows, columns, C], as timm returns it for dynamic image sizes
-            self.shape = (output.shape[1], output.shape[2])
+            self._begin((output.shape[1], output.shape[2]), embedded=True)
             return
         height, width = inputs[0].shape[-2:]
         shape = (height // self.patch_size[0], width // self.patch_size[1])
         # Padded images and convolutional stems follow the size the embedding was built for.
-        self.shape = shape if shape[0] * shape[1] == output.shape[1] else tuple(patch_embed.grid_size)
+        fits = shape[0] * shape[1] == output.shape[1]
+        self._begin(shape if fits else tuple(patch_embed.grid_size), embedded=True)
+
+    def _begin(self, shape: tuple[int, int], *, embedded: bool) -> None:
+        """An image was embedded: its pass waits for the first block."""
+        begun = ForwardPass(shape)
+        if torch.compiler.is_compiling():
+            self.latest = begun
+            return
+        thread = self._thread
+        pending: list[tuple[ForwardPass, bool]] = getattr(thread, "pending", [])
+        if getattr(thread, "running", False):
+            pending = []
+        elif embedded and pending and not pending[-1][1]:  # the convolution of this very call was noted already
+            pending.pop()
+        thread.pending, thread.running = [*pending[-_MOST_PENDING:], (begun, embedded)], False
+        self._enter(begun)
+
+    def entered(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Pre-hook of a block: find the pass its input belongs to."""
+        if torch.compiler.is_compiling() or not inputs or not isinstance(inputs[0], Tensor):
+            return
+        x = inputs[0]
+        known = self._passes.get(x)
+        if known is None:
+            known = self._pass_of_unknown(x)
+            self._note(x, known)
+        self._thread.running = True
+        self._enter(known)
+
+    def left(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Hook of a block: what it returns belongs to the pass of its input."""
+        x = output[0] if isinstance(output, tuple) and output else output
+        if not torch.compiler.is_compiling() and isinstance(x, Tensor):
+            self._note(x, self.current)
+
+    def _pass_of_unknown(self, x: Tensor) -> ForwardPass:
+        """The pass of tokens ``[B, N, C]`` that no block has returned.
+
+        Raises:
+            SparsifinerError: if images of several grids come into question.
+        """
+        num_tokens = x.shape[-2]
+        if _in_backward():
+            return self._pass_to_recompute(num_tokens)
+        pending = [state for state, _ in getattr(self._thread, "pending", [])]
+        matching = [state for state in pending if self.num_prefix_tokens + state.num_patches == num_tokens]
+        shapes = {state.shape for state in matching}
+        if len(shapes) > 1:
+            grids = " and ".join(f"{rows}x{columns}" for rows, columns in sorted(shapes))
+            raise SparsifinerError(
+                f"images of {grids} patches were embedded before the blocks ran, and these {num_tokens} tokens may be "
+                f"of either; run the blocks of one image before the next is embedded"
+            )
+        if matching:
+            chosen = matching[0]
+            self._thread.pending = [entry for entry in self._thread.pending if entry[0] is not chosen]
+            return chosen
+        if pending or num_tokens != self.num_prefix_tokens + self.num_patches:
+            return self.current  # in the middle of a pass: something changed the tokens between two blocks
+        self._check_embedding()
+        return ForwardPass(self.shape)
+
+    def _pass_to_recompute(self, num_tokens: int) -> ForwardPass:
+        """The pass of a block that runs again inside a backward pass, with a copy of its input."""
+        alive = [
+            state
+            for state in self._alive
+            if self.num_prefix_tokens + state.num_patches == num_tokens or num_tokens in {*state.kept, *state.sizes}
+        ]
+        if not all(state.agrees(alive[0]) for state in alive[1:]):
+            raise SparsifinerError(
+                "activation checkpointing runs a block again, and its input may belong to any of several forward "
+                "passes; use checkpointing with use_reentrant=False, or one backward pass after each forward pass"
+            )
+        return alive[0] if alive else self.current
+
+    def _check_embedding(self) -> None:
+        """Refuse to go on with the grid of an embedding that its model has lost."""
+        owner: Any = None if self._owner is None else self._owner()
+        if owner is not None and find_grid(owner) is not self:
+            raise SparsifinerError(
+                f"the patch embedding of {type(owner).__name__} was replaced after the model was converted, so the "
+                f"patch grid of this image is unknown; replace it first and convert then"
+            )
+
+    def _note(self, x: Tensor, state: ForwardPass) -> None:
+        self._passes[x] = state
+        self._alive.add(state)
+
+    def _enter(self, state: ForwardPass) -> None:
+        self.latest = state
+        if not torch.compiler.is_compiling():
+            self._thread.current = state
+
+    def attach(self, owner: Any, blocks: Iterable[nn.Module]) -> None:
+        """Hook into the patch embedding of ``owner``, a timm model, and into the blocks that look at the grid."""
+        self._owner = weakref.ref(owner)
+        embed = owner.patch_embed
+        _hook(embed.register_forward_hook, embed._forward_hooks, self, "embedded")
+        if isinstance(getattr(embed, "proj", None), nn.Conv2d):
+            _hook(embed.proj.register_forward_hook, embed.proj._forward_hooks, self, "projected")
+        for block in blocks:
+            _hook(block.register_forward_pre_hook, block._forward_pre_hooks, self, "entered")
+            _hook(block.register_forward_hook, block._forward_hooks, self, "left")
+
+
+class GridHook:
+    """A hook of a module that tells a patch grid, as long as a layer looks at it."""
+
+    def __init__(self, grid: PatchGrid | None, event: str) -> None:
+        self._grid = None if grid is None else weakref.ref(grid)
+        self.event = event
+
+    @property
+    def grid(self) -> PatchGrid | None:
+        return None if self._grid is None else self._grid()
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        grid = None if self._grid is None else self._grid()
+        if grid is not None:
+            getattr(grid, self.event)(module, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GridHook:
+        return GridHook(copy.deepcopy(self.grid, memo), self.event)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GridHook, (self.grid, self.event)
+
+
+def _hook(register: Any, hooks: dict[int, Any], grid: PatchGrid, event: str) -> None:
+    if not any(isinstance(hook, GridHook) and hook.grid is grid and hook.event == event for hook in hooks.values()):
+        register(GridHook(grid, event))
+
+
+def _in_backward() -> bool:
+    """Inside a backward pass; PyTorch has no public way to ask."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def find_grid(owner: Any) -> PatchGrid | None:
-    """The patch grid that already follows the patch embedding of ``owner``, or None."""
+    """The patch grid that follows the patch embedding of ``owner``, or None."""
     hooks = owner.patch_embed._forward_hooks.values()
-    return next((hook for hook in hooks if isinstance(hook, PatchGrid)), None)
+    return next((hook.grid for hook in hooks if isinstance(hook, GridHook) and hook.grid is not None), None)
 
 
 def follow_grid(owner: Any) -> PatchGrid:
-    """The patch grid of ``owner``, a timm model with ``patch_embed``; not hooked in yet where there was none."""
+    """The patch grid of ``owner``, a timm model with ``patch_embed``; not attached yet where there was none."""
     embed = owner.patch_embed
     return find_grid(owner) or PatchGrid(
         tuple(embed.grid_size), tuple(getattr(embed, "patch_size", (1, 1))), owner.num_prefix_tokens
     )
+
+
+def drop_unused_grids(model: nn.Module) -> None:
+    """Take out the hooks of patch grids that no layer looks at any more, or none of ``model``'s blocks."""
+    used = {id(vars(module)["grid"]) for module in model.modules() if "grid" in vars(module)}
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for handle, hook in list(hooks.items()):
+                if isinstance(hook, GridHook) and (
+                    hook.grid is None or (id(hook.grid) not in used and hook.event in ("entered", "left"))
+                ):
+                    del hooks[handle]
 
 
 def check_size(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
@@ -102,12 +310,3 @@ def check_image_size(model: Any, size: tuple[int, int]) -> None:
     patch_size = getattr(embed, "patch_size", None)
     if patch_size is not None and not getattr(embed, "dynamic_img_pad", False):
         check_size(size, to_2tuple(patch_size))
-
-
-def drop_unused_grids(model: nn.Module) -> None:
-    """Take out the hooks of patch grids that no layer of ``model`` looks at any more."""
-    used = {id(vars(module)["grid"]) for module in model.modules() if "grid" in vars(module)}
-    for module in model.modules():
-        hooks = module._forward_hooks
-        for handle in [n for n, hook in hooks.items() if isinstance(hook, PatchGrid) and id(hook) not in used]:
-            del hooks[handle]

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import AttentionInputs, Policy, attend, tail_groups
 from ..config import SparsifinerConfig
 from ..convert import sparsify
 from ..geometry.tiling import Tiling
 from ..ops import sparse_attention
 from ..ops.connectivity import Connectivity
-from ..ops.tail import KeyGroups, Tail, tail_groups
+from ..ops.tail import KeyGroups, Tail
 from ..predictors import build_predictor
 from .latency import Progress, interleave_all
 
@@ -132,24 +133,20 @@ def _operator_work(
     def tail_of(groups: KeyGroups | None, keys: Connectivity) -> Tail | None:
         return None if groups is None else groups.tail(keys)
 
+    inputs = AttentionInputs(q, k, v, tiling, scale, backend=config.backend)
     with torch.inference_mode():
-        groups = tail_groups(config, k, v, tiling)
-        chosen = predictor(q, k, v, tiling, scale, groups=groups)
+        groups = tail_groups(config.tail, inputs)
+        chosen = predictor(inputs, groups)
         pooled = tail_of(groups, chosen)
-
-    def layer() -> Tensor:
-        groups = tail_groups(config, k, v, tiling)
-        keys = predictor(q, k, v, tiling, scale, groups=groups)
-        return sparse_attention(q, k, v, keys, tail=tail_of(groups, keys), scale=scale)
 
     work: dict[str, Callable[[], object]] = {
         "dense": lambda: F.scaled_dot_product_attention(q, k, v, scale=scale),
         "operator": lambda: sparse_attention(q, k, v, chosen, tail=pooled, scale=scale),
-        "predict and select": lambda: predictor(q, k, v, tiling, scale, groups=groups),
+        "predict and select": lambda: predictor(inputs, groups),
     }
     if groups is not None:
-        work["pool the tail"] = lambda: tail_of(tail_groups(config, k, v, tiling), chosen)
-    return {**work, "layer": layer}
+        work["pool the tail"] = lambda: tail_of(tail_groups(config.tail, inputs), chosen)
+    return {**work, "layer": lambda: attend(inputs, predictor, config, policy=Policy("sparse"))}
 
 
 def measure_model(

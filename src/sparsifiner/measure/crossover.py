@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention.layer import SparseAttention
+from ..attention.policy import Policy
 from ..convert import sparse_layers
+from ..geometry.patch_grid import PatchGrid
 from .latency import Progress, interleave
 
 NEVER_WITH_BIAS = (
@@ -108,7 +110,8 @@ def break_even(
     if layer.takes_bias:
         return None
     layer = copy.deepcopy(layer).eval()
-    layer.configure(layer.config.replace(dense_below=0))
+    layer.grid = PatchGrid(layer.grid.shape, layer.grid.patch_size, layer.grid.num_prefix_tokens)
+    layer.policy = Policy("sparse")
     side, start, sides = 14, time.perf_counter(), []
     while side**2 <= max_tokens:
         sides.append(side)
@@ -178,6 +181,5 @@ def _measure_layer(layer: SparseAttention, side: int, repeats: int) -> BreakEven
 
 
 def _fits(layer: SparseAttention, side: int) -> bool:
-    """Whether tiles and tail blocks fit a grid of ``side`` x ``side`` patches."""
-    rectangles = [layer.config.query_tile, *([layer.config.tail] if layer.config.tail is not None else [])]
-    return all(side >= max(rectangle) for rectangle in rectangles)
+    """True where tiles and tail blocks fit a grid of ``side`` x ``side`` patches."""
+    return all(side >= max(rectangle) for rectangle in layer.config.rectangles)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..attention.adapters import find_adapter
-from ..attention.adapters.refused import CHEAP
+from ..attention.adapters import Refusal, find_adapter
 from ..attention.adapters.scored import ScoredAttention, SparseScoredAttention
-from ..attention.layer import LayerRecord, SparseAttention
+from ..attention.attend import LayerRecord
+from ..attention.layer import SparseAttention
 from ..errors import SparsifinerError
-from ..geometry.tiling import Tiling
 from ..ops.group_patches import grouping_macs
-from ..predictors import LowRankPredictor, Predictor
+from ..predictors import LayerShape
 from ..recording import record
 
 PAPER_NOTE = (
@@ -199,8 +198,8 @@ def count_flops(model: nn.Module, x: Tensor) -> FlopReport:
         counts.attention(layer.name) + counts.total(f"{layer.name}.predictor") for layer in layers
     )
     other = counts.total("") - inside - patch_embed
-    lowrank = any(isinstance(module, LowRankPredictor) for module in model.modules())
-    return FlopReport(layers, patch_embed, other, PAPER_NOTE if lowrank else "")
+    in_part = any(layer.predictor_in_paper != layer.predictor_macs for layer in layers)
+    return FlopReport(layers, patch_embed, other, PAPER_NOTE if in_part else "")
 
 
 class _Counts:
@@ -247,11 +246,14 @@ def _layer(
     density = connectivity.density()
     tail = 0
     if config.tail is not None:
-        blocks = tiling.regions(config.tail)
+        blocks = tiling.regions(config.tail.block)
         tail = 2 * heads * width * (tiling.num_patches * blocks.num_tiles + tiling.num_patches)
         if not attention.takes_bias:
-            tail += heads * grouping_macs(blocks, width, config.tail_refine)
-    predictor, in_paper = _predictor_terms(attention.predictor, counts, f"{name}.predictor", heads, width, tiling)
+            tail += heads * grouping_macs(blocks, width, config.tail.refine)
+    shape = LayerShape(heads, width, tiling.image_grid, tiling.num_prefix_tokens)
+    predictor, in_paper = attention.predictor.mac_terms(
+        lambda part: counts.total(f"{name}.predictor.{part}".rstrip(".")), shape, tiling, config.tail is not None
+    )
     return LayerFlops(
         name=name,
         sparse=True,
@@ -267,40 +269,14 @@ def _layer(
     )
 
 
-def _predictor_terms(
-    predictor: Predictor, counts: _Counts, name: str, heads: int, width: int, tiling: Tiling
-) -> tuple[dict[str, int], int]:
-    """MACs per step of the predictor, and how many of them the published figures count."""
-    total = counts.total(name)
-    if isinstance(predictor, LowRankPredictor):
-        narrow, n_down = predictor.q_proj.out_features, predictor.w_down.shape[1]
-        projections = counts.total(f"{name}.q_proj") + counts.total(f"{name}.k_proj")
-        down = heads * tiling.num_tokens * narrow * n_down
-        coefficients = heads * tiling.num_patches * narrow * n_down
-        terms = {"q', k' projections": projections, "k_down": down, "coefficients": coefficients}
-        terms["scores"] = total - sum(terms.values())
-        if predictor.config.tail is not None:
-            terms["values"] = _stakes_macs(heads, width, tiling)
-        return terms, projections + down
-    if not total:
-        return {}, 0
-    terms = {"products": total}
-    if predictor.config.predictor == "pooled" and predictor.config.tail is not None:
-        terms["values"] = _stakes_macs(heads, width, tiling)
-    return terms, sum(terms.values())
-
-
-def _stakes_macs(heads: int, width: int, tiling: Tiling) -> int:
-    """Block means of the values, and the norms of what they get wrong: one MAC per entry each."""
-    return 2 * heads * width * tiling.num_patches
-
-
 def _attention_layers(model: nn.Module) -> list[str]:
     """Paths of the attention layers, outermost first, cheap pooling at the end of a model left out."""
     names: list[str] = []
     for name, module in model.named_modules():
         found = find_adapter(module)
-        known = isinstance(module, SparseAttention) or (found is not None and found not in CHEAP)
+        known = isinstance(module, SparseAttention) or (
+            found is not None and not (isinstance(found, Refusal) and not found.costly)
+        )
         if known and not any(name.startswith(f"{outer}.") for outer in names):
             names.append(name)
     return names

@@ -14,6 +14,7 @@ from .._utils.messages import one_line
 from ..config import SparsifinerConfig
 from ..convert import sparsify
 from ..errors import SparsifinerError
+from ..predictors import LowRankConfig
 from .zeroed_tokens import ZeroedTokensVit, prune_by_zeroing
 
 _RENAMED = {
@@ -46,7 +47,7 @@ def from_reference(
         token_keep_rate: per layer, the share of the patches that survive it, with their simulated token
             pruning (pruned tokens are zeroed, not removed); None without pruning.
         token_pruning_layers: numbers of the layers that choose the survivors.
-        **settings: further fields of :class:`SparsifinerConfig`, on top of ``SparsifinerConfig.paper``.
+        **settings: changes to ``SparsifinerConfig.paper``.
 
     Returns:
         A timm ``VisionTransformer`` with sparse attention, in evaluation mode.
@@ -92,14 +93,15 @@ def from_reference(
         share_basis=settings.pop("share_basis", torch.equal(w_down, w_up)),
         **settings,
     )
+    assert isinstance(config.predictor, LowRankConfig)
     model = sparsify(dense, config, inplace=True)
     if token_keep_rate is not None:
-        if len(token_keep_rate) != depth or config.attn_recon:
+        if len(token_keep_rate) != depth or config.predictor.attn_recon:
             raise SparsifinerError(
                 f"token_keep_rate needs one rate for each of the {depth} layers, and attn_recon=False"
             )
         prune_by_zeroing(model, {layer: token_keep_rate[layer] for layer in token_pruning_layers})
-    _load(model, state, config.share_basis)
+    _load(model, state, config.predictor.share_basis)
     return model.eval()
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..attention.adapters.scored import class_scores
 from ..attention.adapters.vit import SparseVitAttention
-from ..config import num_kept
+from ..attention.attend import LayerRecord
 from ..convert import sparse_layers
+from ..geometry.counting import num_kept
 from ..geometry.tiling import Tiling
 from ..ops import sparse_attention
 from ..ops.connectivity import Connectivity
-from ..predictors import LowRankPredictor
+from ..predictors import LayerShape, LowRankConfig, LowRankPredictor
 from ..predictors.base import TileScores
 
 
@@ -46,8 +47,11 @@ class ZeroedTokensAttention(SparseVitAttention):
     predictor: ZeroedTokensPredictor
 
     def reset_predictor(self, grid: tuple[int, int]) -> None:
+        assert isinstance(self.config.predictor, LowRankConfig)
+        assert isinstance(self.config.keep_rate, float)
+        layer = LayerShape(self.num_heads, self.head_width(), grid, self.grid.num_prefix_tokens)
         self.predictor = ZeroedTokensPredictor(
-            self.config, self.num_heads, self.head_width(), grid, self.grid.num_prefix_tokens
+            self.config.predictor, layer, keep_rate=self.config.keep_rate, keep_prefix=self.config.keep_prefix
         )
 
     def attend_alive(self, x: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -56,8 +60,9 @@ class ZeroedTokensAttention(SparseVitAttention):
         if alive is not None:
             q, k, v = (y * _with_class(alive)[:, None, :, None] for y in (q, k, v))
         self.predictor.alive = alive
-        connectivity = self.predictor(q, k, v, self.tiling(q.shape[2]), self.scale)
-        self._observe(connectivity, q, k, v)
+        connectivity = self.predictor(self.inputs(q, k, v))
+        if self.observer is not None:
+            self.observer(self, LayerRecord(connectivity, q, k, v))
         out = sparse_attention(q, k, v, connectivity, scale=self.scale)
         if self.token_keep_rate is not None:
             # The class token's attention, mean over heads, ranks the patches (the paper, section 3.5; EViT).
@@ -80,9 +85,11 @@ class ZeroedTokensPredictor(LowRankPredictor):
             return narrow_q, narrow_k
         return narrow_q * self.alive[:, None, :, None], narrow_k * _with_class(self.alive)[:, None, :, None]
 
-    def select(self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling) -> Connectivity:
+    def select(
+        self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling, backend: str = "auto"
+    ) -> Connectivity:
         if self.alive is None:
-            return super().select(scores, ranges, tiling)
+            return super().select(scores, ranges, tiling, backend)
         dead_key = ~_with_class(self.alive)[:, None, None, :]
         budget = min(self.num_keep(tiling), int(self.alive[0].sum()))
         alive_scores = torch.cat([scores(start, stop) for start, stop in ranges], dim=2).masked_fill(

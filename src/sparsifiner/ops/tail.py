@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import SparsifinerConfig
 from ..geometry.tiling import Tiling
 from .block_distances import block_distances
 from .connectivity import Connectivity
@@ -54,11 +53,11 @@ class KeyGroups:
     v: Tensor
     distance: Tensor
 
-    def log_counts(self, connectivity: Connectivity) -> Tensor:
+    def log_counts(self, connectivity: Connectivity, backend: str = "auto") -> Tensor:
         """Log of the number of keys per group that each tile did not keep, float32 ``[B, H, T, P]``."""
-        return count_unkept(connectivity.indices, connectivity.bias, self.blocks, self.member)
+        return count_unkept(connectivity.indices, connectivity.bias, self.blocks, self.member, backend=backend)
 
-    def tail(self, connectivity: Connectivity, offset: Tensor | None = None) -> Tail:
+    def tail(self, connectivity: Connectivity, offset: Tensor | None = None, backend: str = "auto") -> Tail:
         """What stands in for the keys that ``connectivity`` did not keep, with exact log-counts.
 
         At a keep rate of 1 every bias is ``-inf`` and the tail vanishes.
@@ -66,8 +65,9 @@ class KeyGroups:
         Args:
             connectivity: the kept keys.
             offset: added to the bias of each head, ``[H]``, or None; differentiable.
+            backend: which kernels serve, see :func:`sparsifiner.ops.backends`.
         """
-        bias = self.log_counts(connectivity).to(torch.promote_types(self.k.dtype, torch.float32))
+        bias = self.log_counts(connectivity, backend).to(torch.promote_types(self.k.dtype, torch.float32))
         if offset is not None:
             bias = bias + offset.to(bias.dtype)[:, None, None]
         return Tail(self.k, self.v, bias)
@@ -80,7 +80,7 @@ class KeyGroups:
         return x.gather(2, index.expand(*self.member.shape, *x.shape[3:]))
 
 
-def group_keys(k: Tensor, v: Tensor, blocks: Tiling, steps: int = 0) -> KeyGroups:
+def group_keys(k: Tensor, v: Tensor, blocks: Tiling, steps: int = 0, backend: str = "auto") -> KeyGroups:
     """Put the keys of like values into groups.
 
     The groups start as blocks of the patch grid. Their borders then move: a block across the edge of an object has a
@@ -91,27 +91,10 @@ def group_keys(k: Tensor, v: Tensor, blocks: Tiling, steps: int = 0) -> KeyGroup
         v: values ``[B, H, N, D]``.
         blocks: blocks of the patch grid, with the number of prefix tokens.
         steps: how often patches are regrouped (Lloyd); 0 leaves the blocks.
+        backend: which kernels serve, see :func:`sparsifiner.ops.backends`.
     """
     if not steps:
-        return KeyGroups(blocks, None, pool_blocks(k, blocks), pool_blocks(v, blocks), block_distances(v, blocks))
-    member, mean_value, distance = group_patches(v, blocks, steps)
-    return KeyGroups(blocks, member, pool_groups(k, member, blocks), mean_value, distance)
-
-
-def tail_groups(
-    config: SparsifinerConfig, k: Tensor, v: Tensor, tiling: Tiling, attn_bias: Tensor | None = None
-) -> KeyGroups | None:
-    """The groups of the tail that ``config`` asks for, or None without one.
-
-    With an attention bias they are the blocks: groups of each image and head would need a bias of their own.
-
-    Args:
-        config: settings of the layer.
-        k: keys ``[B, H, N, D]``.
-        v: values ``[B, H, N, D]``.
-        tiling: the patch grid of this input.
-        attn_bias: added to the attention logits, or None.
-    """
-    if config.tail is None:
-        return None
-    return group_keys(k, v, tiling.regions(config.tail), config.tail_refine if attn_bias is None else 0)
+        mean_key, mean_value = (pool_blocks(x, blocks, backend=backend) for x in (k, v))
+        return KeyGroups(blocks, None, mean_key, mean_value, block_distances(v, blocks, backend=backend))
+    member, mean_value, distance = group_patches(v, blocks, steps, backend=backend)
+    return KeyGroups(blocks, member, pool_groups(k, member, blocks, backend=backend), mean_value, distance)

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._utils.checks import number
+from ..errors import SparsifinerError
 from ..geometry.subset import SubsetTiling
 from ..geometry.tiling import Tiling
-from .base import Predictor, TileScores
+from ..ops.inputs import AttentionInputs
+from .base import Predictor, PredictorConfig, TileScores
+from .registry import register_predictor
+
+
+@dataclass(frozen=True)
+class LocalConfig(PredictorConfig):
+    """The local window has no settings besides the keep rate."""
+
+
+@dataclass(frozen=True)
+class StridedConfig(PredictorConfig):
+    """The strided pattern has no settings besides the keep rate."""
+
+
+@dataclass(frozen=True)
+class RandomConfig(PredictorConfig):
+    """Settings of the random pattern.
+
+    Args:
+        seed: of the pattern, from ``-2**63`` to ``2**63 - 1``.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        number("seed", self.seed, whole=True)
+        if not -(2**63) <= self.seed < 2**63:
+            raise SparsifinerError(f"seed must fit 64 bits, -2**63 to 2**63 - 1, got {self.seed}")
 
 
 class _FixedPattern(Predictor):
@@ -22,14 +53,12 @@ class _FixedPattern(Predictor):
         Their shape is ``[H or 1, t, num_patches]``, or ``[B, 1, t, num_patches]`` where images hold different patches.
         """
 
-    def tile_scores(
-        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
-    ) -> tuple[TileScores, int]:
-        batch, heads, _, _ = q.shape
+    def tile_scores(self, inputs: AttentionInputs, value_distance: Tensor | None) -> tuple[TileScores, int]:
+        tiling, device, (batch, heads, _, _) = inputs.tiling, inputs.q.device, inputs.q.shape
         competing = tiling.num_prefix_tokens - self.first_candidate(tiling)
 
         def scores(start: int, stop: int) -> Tensor:
-            patches = self.pattern(torch.arange(start, stop, device=q.device), heads, tiling)
+            patches = self.pattern(torch.arange(start, stop, device=device), heads, tiling)
             padded = torch.nn.functional.pad(patches, (competing, 0), value=float("inf"))
             return padded.expand(batch, heads, -1, -1)
 
@@ -39,6 +68,7 @@ class _FixedPattern(Predictor):
         return 0
 
 
+@register_predictor("local", LocalConfig)
 class LocalPredictor(_FixedPattern):
     """The nearest keys around the tile's centre, by Euclidean distance on the patch grid."""
 
@@ -57,6 +87,7 @@ class LocalPredictor(_FixedPattern):
         return -(vertical[:, :, None] + horizontal[:, None, :]).flatten(1)[None]
 
 
+@register_predictor("strided", StridedConfig)
 class StridedPredictor(_FixedPattern):
     """Evenly spaced keys over the sequence, shifted by one from tile to tile (Child et al., 2019)."""
 
@@ -68,14 +99,17 @@ class StridedPredictor(_FixedPattern):
         return kept.float()[None]
 
 
+@register_predictor("random", RandomConfig)
 class RandomPredictor(_FixedPattern):
     """Keys drawn at random per head and tile; the same draw on every device for one ``seed``."""
+
+    settings: RandomConfig
 
     def pattern(self, tiles: Tensor, heads: int, tiling: Tiling) -> Tensor:
         head = torch.arange(heads, device=tiles.device)[:, None, None]
         key = torch.arange(tiling.num_patches, device=tiles.device)
         counter = (head * tiling.num_tiles + tiles[None, :, None]) * tiling.num_patches + key
-        return _hash(counter + _hash(torch.tensor(self.config.seed, device=tiles.device))).float()
+        return _hash(counter + _hash(torch.tensor(self.settings.seed, device=tiles.device))).float()
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -2,19 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import SparsifinerConfig
+from .._utils.checks import choose, flag, number
 from ..errors import SparsifinerError
 from ..geometry.subset import SubsetTiling
 from ..geometry.tiling import Tiling
 from ..ops.connectivity import Connectivity
+from ..ops.inputs import AttentionInputs
 from ..ops.tail import KeyGroups
-from .base import Predictor, TileScores
+from .base import LayerShape, Predictor, PredictorConfig, TileScores, value_distance_macs
+from .registry import register_predictor
+
+Reduction = Literal["max", "sum"]
 
 
+@dataclass(frozen=True)
+class LowRankConfig(PredictorConfig):
+    """Settings of the paper's predictor (Wei et al., section 3.3); ``SparsifinerConfig.paper`` has the published ones.
+
+    Args:
+        reduce_n_factor: ``n_down = num_tokens // reduce_n_factor``.
+        n_down: number of basis rows, instead of ``reduce_n_factor``.
+        reduce_c_factor: head width divided by the predictor's width.
+        scale: factor on the predictor's logits; ``"head_dim"`` is ``(head_dim / reduce_c_factor) ** -0.5``,
+            ``"num_heads"`` the authors' ``num_heads ** -0.5``.
+        coef_topk: coefficients kept per row, or all with None. The paper keeps 8, which leaves most keys of a tile
+            without a score; nothing computes less for it.
+        coef_threshold: coefficients at or below it become zero, or None.
+        basis_threshold: entries of ``|W_up|`` at or below it become zero; 0.02 in the paper.
+        score_threshold: keep every key that scores above it, instead of the top ``keep_rate``.
+        share_basis: one matrix serves as ``W_down`` and ``W_up``.
+        reduction: how the queries of a tile are merged into one score per key, ``max`` or ``sum``.
+        attn_recon: the paper's attention-reconstruction phase. In training mode attention runs dense and scores use
+            the signed basis and all coefficients.
+    """
+
+    learned = True
+
+    reduce_n_factor: int = 6
+    n_down: int | None = None
+    reduce_c_factor: int = 1
+    scale: float | Literal["head_dim", "num_heads"] = "head_dim"
+    coef_topk: int | None = None
+    coef_threshold: float | None = None
+    basis_threshold: float = 0.0
+    score_threshold: float | None = None
+    share_basis: bool = False
+    reduction: Reduction = "max"
+    attn_recon: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("reduce_n_factor", "reduce_c_factor", "n_down", "coef_topk"):
+            number(name, getattr(self, name), least=1, whole=True, optional=name in ("n_down", "coef_topk"))
+        if self.coef_topk is not None and self.coef_threshold is not None:
+            raise SparsifinerError("coef_topk and coef_threshold exclude each other; set one of them to None")
+        for name in ("basis_threshold", "coef_threshold", "score_threshold"):
+            number(name, getattr(self, name), least=0, optional=name != "basis_threshold")
+        if self.scale not in ("head_dim", "num_heads"):
+            number("scale (head_dim, num_heads or a number)", self.scale, above=0)
+        choose("reduction", self.reduction, get_args(Reduction))
+        for name in ("share_basis", "attn_recon"):
+            flag(name, getattr(self, name))
+
+    @property
+    def keeps_any_number(self) -> bool:
+        return self.score_threshold is not None
+
+    def with_reconstruction(self, on: bool) -> LowRankConfig:
+        return self.replace(attn_recon=on)
+
+
+@register_predictor("lowrank", LowRankConfig)
 class LowRankPredictor(Predictor):
     """Sparse coefficients times a sparse basis, shared by the heads of a layer.
 
@@ -25,36 +90,41 @@ class LowRankPredictor(Predictor):
     predictor.
 
     Args:
-        config: settings of this layer.
-        num_heads: heads of the attention layer.
-        head_dim: width of a head, ``D``.
-        grid: patch grid the basis is made for; other grids use a resampled basis.
-        num_prefix_tokens: prefix tokens of the model.
+        settings: of the predictor.
+        layer: the attention layer; other patch grids than its use a resampled basis.
+        keep_rate, keep_prefix: as in ``Predictor``.
 
     Raises:
         ValueError: if the reduced width or number of basis rows would be zero.
     """
 
+    note = (
+        "The low-rank predictor was not trained: it starts from random weights, so the keys it keeps say nothing "
+        "about the method. Calibrate or train it, save the model, and give its folder as the model."
+    )
+
+    settings: LowRankConfig
+
     def __init__(
-        self, config: SparsifinerConfig, num_heads: int, head_dim: int, grid: tuple[int, int], num_prefix_tokens: int
+        self, settings: LowRankConfig, layer: LayerShape, *, keep_rate: float, keep_prefix: bool = True
     ) -> None:
-        super().__init__(config)
+        super().__init__(settings, layer, keep_rate=keep_rate, keep_prefix=keep_prefix)
+        grid, head_dim, num_prefix_tokens = layer.grid, layer.head_dim, layer.num_prefix_tokens
         num_tokens = num_prefix_tokens + grid[0] * grid[1]
-        n_down = config.n_down or num_tokens // config.reduce_n_factor
-        width = head_dim // config.reduce_c_factor
+        n_down = settings.n_down or num_tokens // settings.reduce_n_factor
+        width = head_dim // settings.reduce_c_factor
         if not n_down or not width:
             raise SparsifinerError(
                 f"the low-rank predictor would have {n_down} basis rows of width {width} for {num_tokens} tokens "
                 f"and head width {head_dim}; lower reduce_n_factor or reduce_c_factor, or set n_down"
             )
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
-        self.scale = {"head_dim": width**-0.5, "num_heads": num_heads**-0.5}.get(str(config.scale)) or float(
-            config.scale
-        )
+        named = {"head_dim": width**-0.5, "num_heads": layer.num_heads**-0.5}
+        self.scale = named.get(str(settings.scale)) or float(settings.scale)
         self.q_proj = nn.Linear(head_dim, width)
         self.k_proj = nn.Linear(head_dim, width)
         self.w_down = nn.Parameter(torch.empty(num_tokens, n_down))
-        self.w_up = None if config.share_basis else nn.Parameter(torch.empty(num_tokens, n_down))
+        self.w_up = None if settings.share_basis else nn.Parameter(torch.empty(num_tokens, n_down))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,9 +137,13 @@ class LowRankPredictor(Predictor):
             nn.init.trunc_normal_(self.w_up, std=0.02)
 
     @property
+    def basis_grid(self) -> tuple[int, int]:
+        return self.grid
+
+    @property
     def reconstructing(self) -> bool:
-        """Whether scores imitate the attention map: signed dense basis, all coefficients (the first phase)."""
-        return self.training and self.config.attn_recon
+        """The paper's first phase: scores imitate attention, with the signed dense basis and all coefficients."""
+        return self.training and self.settings.attn_recon
 
     def narrow(self, q: Tensor, k: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
         """Patch queries and all keys at the reduced width, ``[B, H, num_patches, d]`` and ``[B, H, N, d]``."""
@@ -95,11 +169,11 @@ class LowRankPredictor(Predictor):
         coef = self.dense_coefficients(q, k, tiling)
         if self.reconstructing:
             return coef
-        if self.config.coef_topk is not None and self.config.coef_topk < coef.shape[-1]:
-            top = coef.topk(self.config.coef_topk, dim=-1, sorted=False)
+        if self.settings.coef_topk is not None and self.settings.coef_topk < coef.shape[-1]:
+            top = coef.topk(self.settings.coef_topk, dim=-1, sorted=False)
             return torch.zeros_like(coef).scatter_(-1, top.indices, top.values)
-        if self.config.coef_threshold is not None:
-            return F.threshold(coef, self.config.coef_threshold, 0.0)
+        if self.settings.coef_threshold is not None:
+            return F.threshold(coef, self.settings.coef_threshold, 0.0)
         return coef
 
     def signed_basis(self, tiling: Tiling) -> Tensor:
@@ -112,20 +186,19 @@ class LowRankPredictor(Predictor):
         ``[N, n_down]``, or ``[B, 1, N, n_down]`` where tokens were pruned and each image keeps other rows.
         """
         w_up = self.signed_basis(tiling)
-        return w_up if self.reconstructing else F.threshold(w_up.abs(), self.config.basis_threshold, 0.0)
+        return w_up if self.reconstructing else F.threshold(w_up.abs(), self.settings.basis_threshold, 0.0)
 
     def token_scores(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
         """Estimated attention of every patch query to every token, ``[B, H, num_patches, N]``; differentiable."""
         return self.coefficients(q, k, tiling) @ self.basis(tiling).mT
 
-    def tile_scores(
-        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
-    ) -> tuple[TileScores, int]:
+    def tile_scores(self, inputs: AttentionInputs, value_distance: Tensor | None) -> tuple[TileScores, int]:
+        q, k, tiling = inputs.q, inputs.k, inputs.tiling
         coef = self.coefficients(q, k, tiling)
-        coef = tiling.max_patches(coef) if self.config.reduction == "max" else tiling.sum_patches(coef)
+        coef = tiling.max_patches(coef) if self.settings.reduction == "max" else tiling.sum_patches(coef)
         basis = self.basis(tiling)[..., self.first_candidate(tiling) :, :].mT
         batch, heads, num_tokens, _ = q.shape
-        weights_of_keys = None if stakes is None else stakes[:, :, None].to(coef.dtype)
+        weights_of_keys = None if value_distance is None else value_distance[:, :, None].to(coef.dtype)
 
         def scores(start: int, stop: int) -> Tensor:
             attention = coef[:, :, start:stop] @ basis
@@ -133,9 +206,9 @@ class LowRankPredictor(Predictor):
 
         return scores, 2 * batch * heads * num_tokens * q.element_size()
 
-    def stakes(self, groups: KeyGroups | None, tiling: Tiling) -> Tensor | None:
+    def value_distances(self, groups: KeyGroups | None, tiling: Tiling) -> Tensor | None:
         """None with a threshold on the scores, which is one on estimated attention, as in the paper."""
-        return None if self.config.score_threshold is not None else super().stakes(groups, tiling)
+        return None if self.settings.score_threshold is not None else super().value_distances(groups, tiling)
 
     def score_macs(self, num_heads: int, head_dim: int, tiling: Tiling) -> int:
         width, n_down = self.q_proj.out_features, self.w_down.shape[1]
@@ -144,11 +217,26 @@ class LowRankPredictor(Predictor):
             num_heads * tiling.num_tokens * per_token
         )
 
-    def select(self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling) -> Connectivity:
+    def mac_terms(
+        self, counted: Callable[[str], int], layer: LayerShape, tiling: Tiling, has_tail: bool
+    ) -> tuple[dict[str, int], int]:
+        narrow, n_down = self.q_proj.out_features, self.w_down.shape[1]
+        projections = counted("q_proj") + counted("k_proj")
+        down = layer.num_heads * tiling.num_tokens * narrow * n_down
+        coefficients = layer.num_heads * tiling.num_patches * narrow * n_down
+        terms = {"q', k' projections": projections, "k_down": down, "coefficients": coefficients}
+        terms["scores"] = counted("") - sum(terms.values())
+        if has_tail:
+            terms["values"] = value_distance_macs(layer, tiling)
+        return terms, projections + down
+
+    def select(
+        self, scores: TileScores, ranges: list[tuple[int, int]], tiling: Tiling, backend: str = "auto"
+    ) -> Connectivity:
         """The top ``keep_rate``, or every key above ``score_threshold``, padded to the longest list."""
-        threshold = self.config.score_threshold
+        threshold = self.settings.score_threshold
         if threshold is None:
-            return super().select(scores, ranges, tiling)
+            return super().select(scores, ranges, tiling, backend)
         # A compiled graph needs a fixed width: there every candidate is listed and the bias drops the rest.
         longest = self.num_candidates(tiling)
         if not torch.compiler.is_compiling():

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..geometry.tiling import Tiling
-from .base import Predictor, TileScores
+from ..ops.inputs import AttentionInputs
+from .base import Predictor, PredictorConfig, TileScores
+from .registry import register_predictor
 
 
+@dataclass(frozen=True)
+class OracleConfig(PredictorConfig):
+    """The oracle has no settings besides the keep rate."""
+
+
+@register_predictor("oracle", OracleConfig)
 class OraclePredictor(Predictor):
     """Dense attention of every query, summed over its tile. Costs as much as what it would save."""
 
-    def tile_scores(
-        self, q: Tensor, k: Tensor, stakes: Tensor | None, tiling: Tiling, scale: float, attn_bias: Tensor | None
-    ) -> tuple[TileScores, int]:
+    bounds_fidelity = True
+    note = "The oracle looks at the dense attention map: it bounds the fidelity and cannot be faster."
+
+    def tile_scores(self, inputs: AttentionInputs, value_distance: Tensor | None) -> tuple[TileScores, int]:
+        q, k, tiling, scale, attn_bias = inputs.q, inputs.k, inputs.tiling, inputs.scale, inputs.attn_bias
         first = self.first_candidate(tiling)
         tokens = tiling.tokens(q.device).long()
         dtype = torch.promote_types(q.dtype, torch.float32)

@@ -10,7 +10,8 @@ from typing import Any
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..attention.layer import move_state, refuse_mask
+from ..attention.layer import refuse_mask
+from ..attention.module_state import move_state, why_not_movable
 from ..errors import SparsifinerError
 
 _NO_VIT = {
@@ -99,13 +100,16 @@ def check_reducible(model: nn.Module, layers: list[int], attention: tuple[type[n
         block = blocks[layer]
         if type(block) is not Block:
             raise refuse(f"block {layer} is a {type(block).__name__}; only timm's Block can be taken apart")
+        unmovable = why_not_movable(block) or why_not_movable(block.attn)
+        if unmovable is not None:
+            raise refuse(f"block {layer}: {unmovable}")
         if type(block.attn) not in attention:
             expected = " or ".join(known.__name__ for known in attention)
             raise refuse(f"block {layer} has {type(block.attn).__name__}, expected {expected}")
 
 
 def reduces_tokens(model: nn.Module) -> bool:
-    """Whether ``model`` prunes or merges tokens."""
+    """True for a model that prunes or merges tokens."""
     return any(isinstance(module, ReducingBlock) for module in model.modules())
 
 

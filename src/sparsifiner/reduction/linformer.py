@@ -12,8 +12,9 @@ from .._utils.checks import number
 from ..attention.adapters.scored import dense_attention
 from ..attention.adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..attention.layer import refuse_mask
-from ..config import check_keep_rate, num_kept
+from ..config import check_keep_rate
 from ..errors import SparsifinerError
+from ..geometry.counting import num_kept
 from ..geometry.patch_grid import PatchGrid, follow_grid
 from ..geometry.subset import z_order
 from .blocks import reduces_tokens

@@ -15,25 +15,9 @@ from torch import Tensor, nn
 from ..attention.adapters.scored import dense_attention
 from ..attention.adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..errors import SparsifinerError
+from ..geometry.patch_grid import PatchGrid, follow_grid
 from .blocks import ReducingBlock, check_reducible, refuse_maps
 from .pruning import take_tokens
-
-
-class TokenSizes:
-    """How many patches each token of the current input stands for, shared by the blocks of one model.
-
-    A forward hook of the patch embedding clears it. A merged model serves one thread at a time.
-    """
-
-    def __init__(self) -> None:
-        self.by_length: dict[int, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, dict[int, Tensor]]:
-        """Copies and pickles leave out what belongs to one forward pass; ``torch.export`` leaves fake tensors there."""
-        return {"by_length": {}}
-
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.by_length = {}
 
 
 class MergingAttention(DenseVitAttention):
@@ -55,30 +39,29 @@ class MergingBlock(ReducingBlock):
     Args:
         block: the block to take over; its attention must be a :class:`MergingAttention`.
         count: tokens to merge away, at most half of the patches that are left.
-        num_prefix_tokens: tokens before the patches, which are never merged.
-        sizes: shared by the blocks of the model.
+        grid: of the model; its present forward pass holds the sizes of the tokens.
     """
 
-    def __init__(self, block: Block, count: int, num_prefix_tokens: int, sizes: TokenSizes) -> None:
+    def __init__(self, block: Block, count: int, grid: PatchGrid) -> None:
         super().__init__(block)
-        self.count, self.num_prefix_tokens, self.sizes = count, num_prefix_tokens, sizes
+        self.count, self.grid = count, grid
 
     def own_attributes(self) -> tuple[str, ...]:
-        return ("count", "num_prefix_tokens", "sizes")
+        return ("count", "grid")
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.attn(x, self.sizes.by_length.get(x.shape[1]))
+        return self.attn(x, self.grid.current.sizes.get(x.shape[1]))
 
     def reduce(self, x: Tensor, seen: Tensor) -> Tensor:
-        first = self.num_prefix_tokens
+        first, known = self.grid.num_prefix_tokens, self.grid.current.sizes
         count = min(self.count, (x.shape[1] - first) // 2)
         if not count:
             return x
-        sizes = self.sizes.by_length.get(x.shape[1])
+        sizes = known.get(x.shape[1])
         sizes = x.new_ones(x.shape[:2], dtype=torch.float32) if sizes is None else sizes
         merged, left, into = match_tokens(seen[:, first:], count)
         x, sizes = merge_matched(x, sizes, first, merged, left, into)
-        self.sizes.by_length[x.shape[1]] = sizes
+        known[x.shape[1]] = sizes
         return x
 
     def extra_repr(self) -> str:
@@ -149,10 +132,10 @@ def merge_tokens(model: nn.Module, per_layer: int | Sequence[int], *, inplace: b
     if not inplace:
         model = copy.deepcopy(model)
     vit: Any = model
-    sizes = TokenSizes()
+    grid = follow_grid(vit)
     for number, block in enumerate(vit.blocks):
         block.attn = MergingAttention(block.attn)
-        vit.blocks[number] = MergingBlock(block, counts[number], vit.num_prefix_tokens, sizes)
-    vit.patch_embed.register_forward_hook(sizes)
+        vit.blocks[number] = MergingBlock(block, counts[number], grid)
+    grid.attach(vit, vit.blocks)
     refuse_maps(model)
     return model

@@ -17,8 +17,9 @@ from .._utils.messages import one_line
 from ..attention.adapters.scored import ScoredAttention, SparseScoredAttention
 from ..attention.adapters.vit import SparseVitAttention
 from ..attention.layer import SparseAttention
-from ..config import check_keep_rate, num_kept
+from ..config import check_keep_rate
 from ..errors import SparsifinerError
+from ..geometry.counting import num_kept
 from ..geometry.patch_grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
 from ..geometry.subset import z_order
 from ..ops.topk import top_keys
@@ -90,20 +91,21 @@ class PruningBlock(ReducingBlock):
     def reduce(self, x: Tensor, seen: Tensor) -> Tensor:
         num_tokens = x.shape[1]
         first = self.grid.num_prefix_tokens
-        before = self.grid.kept.get(num_tokens)
-        present = self.grid.num_patches if before is None else before.shape[1]
+        state = self.grid.current
+        before = state.kept.get(num_tokens)
+        present = state.num_patches if before is None else before.shape[1]
         start = num_tokens - present  # of the patches; more than `first` where there is a fused token
         if start - first not in ((0,) if before is None else (0, 1)):
             raise SparsifinerError(
-                f"token pruning got {num_tokens} tokens, but the image has a {self.grid.shape[0]}x"
-                f"{self.grid.shape[1]} patch grid and {first} prefix tokens; patch dropout is not supported"
+                f"token pruning got {num_tokens} tokens, but the image has a {state.shape[0]}x"
+                f"{state.shape[1]} patch grid and {first} prefix tokens; patch dropout is not supported"
             )
-        count = min(present, num_kept(self.share, self.grid.num_patches))
+        count = min(present, num_kept(self.share, state.num_patches))
         if first + self.fuse + count >= num_tokens:  # fusing a single patch would gain nothing
             return x
         best = top_keys(seen[:, start:], count).long()
         positions = best if before is None else before.gather(1, best)
-        order = z_order(self.grid.shape, x.device)[positions].argsort(dim=1)
+        order = z_order(state.shape, x.device)[positions].argsort(dim=1)
         best, positions = best.gather(1, order), positions.gather(1, order)
         kept = take_tokens(x, start + best)
         parts = [x[:, :first], kept]
@@ -112,7 +114,7 @@ class PruningBlock(ReducingBlock):
             total = weight.sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
             parts.insert(1, (weight[..., None] * x[:, first:]).sum(1, keepdim=True) / total[..., None])
         x = torch.cat(parts, dim=1)
-        self.grid.kept[x.shape[1]] = positions
+        state.kept[x.shape[1]] = positions
         return x
 
     def extra_repr(self) -> str:
@@ -164,12 +166,11 @@ def prune_tokens(
         model = copy.deepcopy(model)
     vit: Any = model
     grid = follow_grid(vit)
-    if find_grid(vit) is None:
-        vit.patch_embed.register_forward_hook(grid)
     for stage, layer in enumerate(settings.layers, start=1):
         block = vit.blocks[layer]
         block.attn = _scored(block.attn)
         vit.blocks[layer] = PruningBlock(block, grid, settings.keep_rate**stage, fuse)
+    grid.attach(vit, vit.blocks)
     vit._sparsifiner_tokens = settings
     refuse_maps(model)
     return model
@@ -189,6 +190,7 @@ def unprune_tokens(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(block, PruningBlock):
             block.attn = _plain(block.attn)
             vit.blocks[number] = block.to_block()
+            vars(block).pop("grid", None)
     drop_unused_grids(model)
     del vit._sparsifiner_tokens
     refuse_maps(model)
@@ -243,7 +245,7 @@ def _rebuilt(
     attention: SparseAttention, kind: type[SparseAttention], dense: Callable[[Any], nn.Module]
 ) -> SparseAttention:
     """A sparse layer of another kind around the same weights and the same predictor."""
-    predictor, observer = attention.predictor, attention.observer
+    predictor, observer, policy = attention.predictor, attention.observer, attention.policy
     layer = kind(dense(attention.to_dense()), attention.config, attention.grid)
-    layer.predictor, layer.observer = predictor, observer
+    layer.predictor, layer.observer, layer.policy = predictor, observer, policy
     return layer

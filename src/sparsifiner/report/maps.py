@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from ..attention.layer import LayerRecord, SparseAttention
 from ..convert import sparse_layers
 from ..errors import SparsifinerError
 from ..ops.connectivity import Connectivity
-from ..recording import observable_twin
+from ..recording import observable_twin, observe
 from ..reduction.blocks import refuse_reduced
 
 # Rows and columns of the default queries, as shares of the grid: spread out, and off the border.
@@ -93,14 +91,14 @@ def attention_maps(
         if did.connectivity is not None:
             kept[name] = did.connectivity
 
-    with torch.no_grad(), _observing(sparse, wanted, keep):
+    with torch.no_grad(), observe(sparse, keep, wanted):
         sparse(x)
     if layers is None and kept:
         chose = [number for name, number in wanted.items() if name in kept]
         wanted = {names[number]: number for number in (chose[0], chose[(len(chose) - 1) // 2], chose[-1])}
     if not wanted.keys() <= kept.keys():
         raise SparsifinerError(
-            "attention ran dense at this size, so no keys were chosen; set dense_below=0 to see them"
+            "attention ran dense at this size, so no keys were chosen; set mode='sparse' to see them"
         )
     tiling = next(iter(kept.values())).tiling
     rows, columns = tiling.grid
@@ -120,7 +118,7 @@ def attention_maps(
         weights[name] = logits.softmax(-1).cpu()  # [H, Q, N]
 
     twin = observable_twin(dense)
-    with torch.no_grad(), _observing(twin, wanted, attend):
+    with torch.no_grad(), observe(twin, attend, wanted):
         twin(x)
     maps = [_layer_map(name, wanted[name], weights[name], kept[name], list(queries)) for name in wanted]
     rate = sparse_layers(sparse)[maps[0].name].predictor.keep_rate
@@ -147,19 +145,3 @@ def _layer_map(
         tiles.append((top, left, min(tiling.tile[0], rows - top), min(tiling.tile[1], columns - left)))
     attention = weights.mean(0)[:, prefix:].unflatten(1, (rows, columns))
     return LayerMap(name, number + 1, attention, torch.stack(kept), torch.stack(mass), tiles)
-
-
-@contextmanager
-def _observing(
-    model: nn.Module, names: dict[str, int], see: Callable[[str, SparseAttention, LayerRecord], None]
-) -> Iterator[None]:
-    """Let ``see(name, layer, record)`` watch the named layers, so that nothing else is kept."""
-    layers = {name: layer for name, layer in sparse_layers(model).items() if name in names}
-    previous = {name: layer.observer for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.observer = partial(see, name)
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.observer = previous[name]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .._utils.photos import Photos, crop, preprocess
 from .._utils.progress import Progress
+from ..attention.policy import check_fit
 from ..config import SparsifinerConfig
-from ..convert import check_fit, conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
+from ..convert import conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
 from ..errors import SparsifinerError
 from ..geometry.patch_grid import check_size
 from ..measure.crossover import NEVER_WITH_BIAS, BreakEven, break_even
@@ -252,13 +253,9 @@ def _rates_of(sparse: nn.Module) -> float | tuple[float, ...]:
 
 def _notes(settings: Settings, photos: Photos, sparse: nn.Module) -> list[str]:
     notes = []
-    if settings.config is not None and settings.config.predictor == "lowrank":
-        notes.append(
-            "The low-rank predictor was not trained: it starts from random weights, so the keys it keeps say nothing "
-            "about the method. Calibrate or train it, save the model, and give its folder as the model."
-        )
-    if settings.config is not None and settings.config.predictor == "oracle":
-        notes.append("The oracle looks at the dense attention map: it bounds the fidelity and cannot be faster.")
+    note = next(iter(sparse_layers(sparse).values())).predictor.note
+    if settings.config is not None and note:
+        notes.append(note)
     if settings.repeats and next(iter(sparse_layers(sparse).values())).takes_bias:
         notes.append(f"No size from which sparse pays was looked for: {NEVER_WITH_BIAS}.")
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1

@@ -131,7 +131,7 @@ def kept_ratio(predictor: LowRankPredictor, q: Tensor, k: Tensor, tiling: Tiling
     The step at the threshold is softened to a logistic curve a tenth of the threshold wide, so that a
     gradient reaches the predictor.
     """
-    threshold = predictor.config.score_threshold
+    threshold = predictor.settings.score_threshold
     assert threshold is not None
     width = max(abs(threshold) / 10, 1e-6)
 

@@ -54,8 +54,7 @@ def enter_phase(student: nn.Module, phase: PhaseConfig) -> None:
 def set_reconstruction(student: nn.Module, on: bool) -> None:
     """Attention of a learning predictor dense (the paper's first phase) or sparse."""
     for layer in find_sparse_layers(student).values():
-        if layer.config.predictor == "lowrank":
-            layer.configure(layer.config.replace(attn_recon=on))
+        layer.configure(layer.config.replace(predictor=layer.config.predictor.with_reconstruction(on)))
 
 
 def set_training_mode(student: nn.Module, phase: PhaseConfig) -> None:

@@ -357,13 +357,13 @@ class TrainConfig:
 
     def _check_phase(self, phase: PhaseConfig, config: SparsifinerConfig | None) -> None:
         needs_predictor = sorted(set(phase.losses) & set(SCORE_LOSSES)) or (phase.train == "predictor" and ["train"])
-        if needs_predictor and (config is None or config.predictor != "lowrank"):
-            found = "attention is not sparse" if config is None else f"predictor is {config.predictor!r}"
+        if needs_predictor and (config is None or not config.predictor.learned):
+            found = "attention is not sparse" if config is None else f"predictor is {config.predictor.name!r}"
             raise SparsifinerError(
                 f"phase {phase.name} trains a predictor ({needs_predictor[0]}), which only predictor='lowrank' has, "
                 f"but {found}"
             )
-        if "ratio" in phase.losses and (config is None or config.score_threshold is None):
+        if "ratio" in phase.losses and (config is None or not config.predictor.keeps_any_number):
             raise SparsifinerError(
                 "the loss ratio needs sparsity.score_threshold: with a fixed keep rate the ratio is given"
             )
@@ -377,7 +377,13 @@ class TrainConfig:
         """Refuse losses that train nothing: all of a phase, or one that costs scores of its own."""
         assert phase.train is not None
         reached = set(_REACH[phase.train])
-        if phase.train == "predictor" and config is not None and config.tail_offset and not phase.dense_attention:
+        if (
+            phase.train == "predictor"
+            and config is not None
+            and config.tail is not None
+            and config.tail.offset
+            and not phase.dense_attention
+        ):
             reached.update(LOSSES)  # the offset is the predictor's, and attention sees it
         idle = [name for name in phase.losses if name not in reached]
         if len(idle) < len(phase.losses):

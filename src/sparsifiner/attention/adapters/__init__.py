@@ -1,41 +1,20 @@
-"""One sparse layer per dense attention class of timm."""
+"""One sparse layer per dense attention class."""
 
-from __future__ import annotations
-
-from torch import nn
-
-from ..layer import SparseAttention
 from .bias import SparseBeitAttention, SparseRelPosAttention
-from .refused import REFUSED
+from .refused import REFUSED, Refusal
+from .registry import Adapter, find_adapter, register_adapter
 from .rope import SparseEvaAttention, SparseRopeAttention
 from .scored import SparseScoredAttention
 from .vit import SparseVitAttention
 
-__all__ = ["ADAPTERS", "find_adapter"]
+__all__ = ["REFUSED", "Adapter", "Refusal", "find_adapter", "register_adapter"]
 
-ADAPTERS: dict[type[nn.Module], type[SparseAttention]] = {
-    adapter.dense_class: adapter
-    for adapter in (
-        SparseVitAttention,
-        SparseScoredAttention,
-        SparseRopeAttention,
-        SparseEvaAttention,
-        SparseBeitAttention,
-        SparseRelPosAttention,
-    )
-}
-
-
-def find_adapter(module: nn.Module) -> type[SparseAttention] | str | None:
-    """The sparse class for ``module``, the reason why there is none, or None if it is not attention."""
-    adapter = ADAPTERS.get(type(module))
-    if adapter is not None:
-        return adapter.refusal(module) or adapter
-    name = type(module).__name__
-    if name in REFUSED:
-        return REFUSED[name]
-    if isinstance(module, SparseAttention):
-        return "it is sparse already; change it with set_keep_rate, or densify the model first"
-    if name.endswith(("Attention", "Attn")):
-        return f"there is no adapter for {type(module).__module__}.{name}"
-    return None
+for _adapter in (
+    SparseVitAttention,
+    SparseScoredAttention,
+    SparseRopeAttention,
+    SparseEvaAttention,
+    SparseBeitAttention,
+    SparseRelPosAttention,
+):
+    register_adapter(_adapter.dense_class, _adapter)

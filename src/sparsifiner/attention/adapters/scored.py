@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from ..layer import move_state
+from ..module_state import move_state
 from .vit import DenseVitAttention, SparseVitAttention, gated_projection, project_vit
 
 

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from ..layer import SparseAttention, move_state, refuse_mask
+from ..layer import SparseAttention, refuse_mask
+from ..module_state import move_state
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

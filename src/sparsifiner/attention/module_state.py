@@ -1,0 +1,111 @@
+"""Everything an ``nn.Module`` instance holds, handed from one module to another: weights, hooks, attributes."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SparsifinerError
+
+_NAMED = ("_parameters", "_buffers", "_modules")
+_COMPILED = "_compiled_call_impl"
+
+
+def overridden_attributes(module: nn.Module) -> list[str]:
+    """Names set on this instance that replace what its class does: a patched ``forward``, a compiled call.
+
+    A converted module would go on doing what they say, dense, with nobody told.
+    """
+    own = vars(module)
+    fresh = vars(nn.Module())
+    shadowing = [
+        name
+        for name, value in own.items()
+        if name not in fresh and callable(value) and callable(getattr(type(module), name, None))
+    ]
+    return shadowing + ([_COMPILED] if own.get(_COMPILED) is not None else [])
+
+
+def why_not_movable(module: nn.Module, path: str = "") -> str | None:
+    """The reason why ``module`` cannot be converted although its class can, with the remedy, or None.
+
+    Hooks of ``accelerate`` replace ``forward`` as well; :func:`move_state` carries them over.
+    """
+    names = [name for name in overridden_attributes(module) if not (name == "forward" and _accelerate_hook(module))]
+    if not names:
+        return None
+    if _COMPILED in names:
+        return (
+            "it was compiled in place (module.compile()) and would go on running as before; convert first, then compile"
+        )
+    return (
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} replaced on this instance, which would go on running "
+        f"as before; take that back (del module.{names[0]}) and convert first"
+    )
+
+
+def move_state(source: nn.Module, target: nn.Module, skip: tuple[str, ...] = ()) -> None:
+    """Give ``target`` the parameters, buffers, submodules, hooks and attributes of ``source``, by reference.
+
+    Handles of hooks stay valid: the tables of hooks themselves change hands. Hooks that know their module (of
+    ``state_dict``) know the new one. ``source`` must not be used afterwards.
+
+    Args:
+        source: the module to take over.
+        target: a module after ``nn.Module.__init__``.
+        skip: names that stay behind.
+
+    Raises:
+        SparsifinerError: if something set on ``source`` replaces what its class does.
+    """
+    hook = _accelerate_hook(source)
+    if hook is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(source)
+    reason = why_not_movable(source)
+    if reason is not None:
+        raise SparsifinerError(f"cannot convert {type(source).__name__}: {reason}")
+    fresh = vars(nn.Module())
+    for name, value in vars(source).items():
+        if name in skip or name == "training":
+            continue
+        if name in _NAMED:
+            vars(target)[name].update({k: v for k, v in value.items() if k not in skip})
+        elif name in fresh:
+            vars(target)[name] = value
+        else:
+            setattr(target, name, value)
+    for name in fresh:
+        if name.endswith("_hooks") and isinstance(vars(target)[name], dict):
+            _rebind(vars(target)[name], source, target)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(target, hook)
+
+
+def _rebind(hooks: dict[int, Any], source: nn.Module, target: nn.Module) -> None:
+    """Point hooks that hold their module weakly to ``target``."""
+    for hook in hooks.values():
+        held = getattr(hook, "module", None)
+        if isinstance(held, weakref.ref) and held() is source:
+            hook.module = weakref.ref(target)
+
+
+def _accelerate_hook(module: nn.Module) -> Any:
+    return getattr(module, "_hf_hook", None)
+
+
+def weight_like(module: nn.Module) -> Tensor:
+    """A floating-point tensor of ``module``, for its device and dtype; float32 on the CPU where there is none.
+
+    Quantized linears and adapters hold their weights as they like.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.empty(0)

@@ -1,0 +1,38 @@
+"""State of one forward pass that attention layers and blocks share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class ForwardPass:
+    """The patch grid of the images under way, and which of their tokens are left.
+
+    Args:
+        shape: rows and columns of the patch grid.
+
+    Attributes:
+        kept: raster numbers of the patches each image still holds, int64 ``[B, n]``, by length of the sequence.
+        sizes: patches that each token stands for, float32 ``[B, N]``, by length of the sequence.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.kept: dict[int, Tensor] = {}
+        self.sizes: dict[int, Tensor] = {}
+
+    @property
+    def num_patches(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def copy(self) -> ForwardPass:
+        """The same state, which goes its own way from here."""
+        other = ForwardPass(self.shape)
+        other.kept, other.sizes = dict(self.kept), dict(self.sizes)
+        return other
+
+    def agrees(self, other: ForwardPass) -> bool:
+        """Either serves for the other: the same grid, and nothing that only one of them knows."""
+        return self is other or (
+            self.shape == other.shape and not (self.kept or self.sizes or other.kept or other.sizes)
+        )
