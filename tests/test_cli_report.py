@@ -127,8 +127,8 @@ def test_a_saved_sparse_model_is_compared_with_its_dense_twin(cli, tmp_path):
 
 def test_layers_with_a_bias_have_no_break_even(cli, tmp_path):
     dense = lively(timm.create_model("beit_base_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=1))
-    for dense_below, verdict in ((None, "ran its attention DENSE"), (0, "model is")):
-        sparse = sparsifiner.sparsify(dense, SparsifinerConfig(keep_rate=0.25, dense_below=dense_below))
+    for mode, verdict in (("auto", "ran its attention DENSE"), ("sparse", "model is")):
+        sparse = sparsifiner.sparsify(dense, SparsifinerConfig(keep_rate=0.25, mode=mode))
         sparsifiner.save_pretrained(sparse, tmp_path / "saved")
         code, out, err = cli("report", "--json", "--model", tmp_path / "saved", *QUICK, always_sparse=False)
         assert code == 0, err
@@ -140,7 +140,7 @@ def test_layers_with_a_bias_have_no_break_even(cli, tmp_path):
 
 
 def test_layers_of_which_some_run_dense_are_reported(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsifiner.attention.layer.sparse_pays", lambda config, *arguments: config.keep_rate < 0.2)
+    monkeypatch.setattr("sparsifiner.attention.policy.sparse_pays", lambda config, *arguments: config.keep_rate < 0.2)
     dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=0).eval()
     sparsifiner.save_pretrained(sparsifiner.sparsify(dense, keep_rate=(0.5, 0.1, 0.5)), tmp_path / "saved")
     code, out, err = cli(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from timm.models.vision_transformer import vit_tiny_patch16_224
 from sparsifiner import SparsifinerConfig, from_pretrained, save_pretrained, sparsify
 from sparsifiner._utils.digest import digest
 from sparsifiner.models import load_model
+from sparsifiner.ops import cpu
 from sparsifiner.predictors import LowRankConfig
 from sparsifiner.saving import CONFIG_NAME, WEIGHTS_NAME
 
@@ -299,3 +301,17 @@ def test_the_builtin_model_is_in_timm() -> None:
     assert type(model) is timm.models.VisionTransformer
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(22e6, rel=0.05)
     assert model.pretrained_cfg["license"] == "mit"
+
+
+SAVED = Path(__file__).parent / "data" / "saved-0.1.0"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SAVED.iterdir()))
+def test_folders_of_version_0_1_0_load_and_compute_what_they_did(name: str) -> None:
+    """Saved flat settings (format 4), with what the models returned then, at a level that rounds no score."""
+    outputs = load_file(SAVED / name / "outputs.safetensors")
+    exact = nullcontext() if cpu.why_missing() is not None else cpu.force_level("portable")
+    with torch.no_grad(), exact:
+        model = from_pretrained(SAVED / name)
+        torch.testing.assert_close(model.forward_features(outputs["x"]), outputs["features"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(outputs["x"]), outputs["logits"], rtol=1e-4, atol=1e-4)

@@ -213,7 +213,7 @@ def test_the_attention_to_imitate_has_the_models_biases(images, taught):
 
 @pytest.mark.parametrize("changes", [{}, {"predictor": "lowrank", "n_down": 8}])
 def test_gradients_flow_through_sparse_attention_to_every_backbone_weight(tiny_vit, images, changes):
-    student = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig(0.2, **changes))
+    student = sparsifiner.sparsify(tiny_vit(), SparsifinerConfig.from_dict({"keep_rate": 0.2, **changes}))
     enter_phase(student, PhaseConfig("cls", steps=1))
     Objective(student, None, {"ce": 1.0})(images(2, 3, 32, 32), torch.tensor([0, 1]))[0].backward()
     for name, parameter in student.named_parameters():

@@ -37,7 +37,8 @@ def test_the_papers_runs_are_to_the_letter(name):
     assert config.model.split(".")[0] == {"deit": "deit_small_patch16_224"}.get(name[:4], name[:7])
     assert config.teacher == "same"
     sparse = config.sparse_config()
-    assert (sparse.predictor, sparse.query_tile, sparse.tail, sparse.scale) == ("lowrank", (1, 1), None, "num_heads")
+    assert (sparse.predictor.name, sparse.query_tile, sparse.tail) == ("lowrank", (1, 1), None)
+    assert sparse.predictor.scale == "num_heads"
     assert config.batch_size == 168
     assert (config.optimizer, config.weight_decay, config.ema_decay) == ("adamw", 0.05, 0.9999)
     augment = config.augment
@@ -112,7 +113,7 @@ def test_numbers_with_an_exponent_are_numbers_at_every_level(tmp_path):
     )
     phase = config.phases[0]
     assert (phase.losses, phase.lr, phase.keep_rate) == ({"attn_recon": 0.01}, 1000.0, (0.1, 0.2))
-    assert (config.sparse_config().keep_rate, config.sparse_config().basis_threshold) == (0.1, 0.02)
+    assert (config.sparse_config().keep_rate, config.sparse_config().predictor.basis_threshold) == (0.1, 0.02)
     assert (config.augment.crop_scale, config.weight_decay, config.model) == ((0.5, 1), 0.05, "1e-2b")
 
 

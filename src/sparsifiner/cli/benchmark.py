@@ -70,7 +70,7 @@ def benchmark(
             side = math.isqrt(count)
             for rate in rates:
                 stage = f"operator, {side * side} patches, keep {rate:g}"
-                settings = base.replace(keep_rate=rate, dense_below=0)
+                settings = base.replace(keep_rate=rate, mode="sparse", dense_below=None)
                 found += measure_operator(
                     (side, side),
                     settings,
@@ -124,7 +124,7 @@ def benchmark(
     print_measured(found, stdout)
     for name, item in pays.items():
         say(stdout, f"{name}: {item or f'not measured: {NEVER_WITH_BIAS}'}")
-    say(stdout, "A sparse model runs dense by itself where sparse is expected to be slower (dense_below).")
+    say(stdout, "A sparse model runs dense by itself where sparse is expected to be slower (mode=auto).")
 
 
 def print_measured(found: list[Measured], console: Console) -> None:

@@ -103,7 +103,7 @@ def validate(
     same weights; a baseline (Linformer, token merging) has no such twin and is measured alone.
 
     Sparse attention is sparse at every size here, also where the model by itself would attend densely because that is
-    faster (``SparsifinerConfig.dense_below``).
+    faster (``SparsifinerConfig.mode``).
 
     Args:
         model: ``builtin``, a timm name, a folder ``train`` or ``save_pretrained`` wrote, or a model, which is copied.
