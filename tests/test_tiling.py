@@ -41,7 +41,7 @@ def test_a_forward_pass_of_fake_tensors_leaves_none_behind(
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), tile=st.tuples(st.integers(1, 4), st.integers(1, 5)))
 def test_places_lead_from_patches_to_their_tiles(rows: int, columns: int, tile: tuple[int, int]) -> None:
     tiling = Tiling((rows, columns), (min(rows, tile[0]), min(columns, tile[1])), 2)
-    found = tiling.tokens(CPU).flatten()[tiling.places(CPU)]
+    found = tiling.tokens(CPU).flatten()[tiling.slots(CPU)]
     assert torch.equal(found, torch.arange(2, tiling.num_tokens, dtype=torch.int32))
 
 

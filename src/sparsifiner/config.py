@@ -40,7 +40,7 @@ class TailConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", pair("tail block", self.block))
-        number("tail refine", self.refine, least=0, most=MOST_REFINE_STEPS, whole=True)
+        number("tail refine", self.refine, least=0, most=MOST_REFINE_STEPS, integer=True)
         flag("tail offset", self.offset)
 
     def replace(self, **changes: Any) -> TailConfig:
@@ -104,7 +104,7 @@ class SparsifinerConfig:
             object.__setattr__(self, "tail", TailConfig(pair("tail", self.tail)))
         flag("keep_prefix", self.keep_prefix)
         choose("mode", self.mode, get_args(Mode))
-        number("dense_below", self.dense_below, least=1, whole=True, optional=True)
+        number("dense_below", self.dense_below, least=1, integer=True, optional=True)
         if self.dense_below is not None and self.mode != "auto":
             raise SparsifinerError(f"dense_below belongs to mode='auto'; mode={self.mode!r} decides for every size")
         text("backend", self.backend)

@@ -131,7 +131,7 @@ METHODS: dict[str, Method] = {
     "evit": Method(_evit),
     "tome": Method(_tome),
 }
-"""What the keep rate means: keys per query for the sparse methods (those with ``-evit`` add pruning at 0.7), rows of
+"""Meaning of the keep rate: keys per query for the sparse methods (those with ``-evit`` add pruning at 0.7), rows of
 the projections over tokens for ``linformer``, patches left by each of three pruning layers over those before it for
 ``token-pruning`` and ``evit`` (so its third power in the end), patches left in the end for ``tome``. That merges
 at most half of the patches a block has, so below about 0.1 more are left than asked for: at 0.05 17 of 256 in 12

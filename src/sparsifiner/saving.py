@@ -41,7 +41,7 @@ _SWITCHES = (
 _DATA = (
     "input_size", "test_input_size", "interpolation", "mean", "std", "crop_pct", "test_crop_pct", "crop_mode",
 )  # fmt: skip
-"""What of timm's ``pretrained_cfg`` says how images are prepared for the model."""
+"""Parts of timm's ``pretrained_cfg`` that say how images are prepared for the model."""
 
 _DROPOUT = ("drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate")
 """Rates that timm leaves out of what it records; without them a saved model would learn on unregularised."""
@@ -105,7 +105,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether ``model`` is sparse, pruned, or converted by a baseline, so that :func:`save_pretrained` takes it."""
+    """True for a model that is sparse, pruned, or converted by a baseline, so that :func:`save_pretrained` takes it."""
     return any(_conversions(model))
 
 
@@ -272,7 +272,7 @@ def _dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _conversions(model: nn.Module) -> tuple[list[SparseAttention], TokenPruning | None, dict[str, Any] | None]:
-    """What was done to a dense model: its sparse layers, the settings of pruning, and those of a baseline."""
+    """Conversions of a dense model: its sparse layers, the settings of pruning, and those of a baseline."""
     pruning = token_pruning(model) if is_pruned(model) else None
     if pruning is not None:  # blocks may have been cut off at the end since
         left = tuple(number for number in pruning.layers if number < len(model.blocks))  # type: ignore[arg-type]

@@ -27,13 +27,13 @@ def number(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
-    whole: bool = False,
+    integer: bool = False,
     optional: bool = False,
 ) -> None:
     """Refuse what is no (whole) number in the range; None passes where ``optional``."""
     if value is None and optional:
         return
-    kind = int if whole else (int, float)
+    kind = int if integer else (int, float)
     fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
     if fits:
         assert isinstance(value, (int, float))
@@ -48,7 +48,7 @@ def number(
             for word, bound in (("at least", least), ("above", above), ("at most", most))
             if bound is not None
         ]
-        kind_of_number = f"{'whole ' if whole else ''}number{' ' if bounds else ''}{' and '.join(bounds)}"
+        kind_of_number = f"{'whole ' if integer else ''}number{' ' if bounds else ''}{' and '.join(bounds)}"
         raise SparsifinerError(f"{what} must be a {kind_of_number}, got {value!r}")
 
 

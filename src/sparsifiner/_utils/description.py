@@ -28,7 +28,7 @@ def check_description(settings: object, path: object, newest: int) -> None:
         raise SparsifinerError(
             f"{path} is not the description of a saved sparse model; expected {', '.join(sorted(required))}"
         )
-    if not _whole(settings["format"]) or not 1 <= settings["format"] <= newest:
+    if not _integer(settings["format"]) or not 1 <= settings["format"] <= newest:
         raise SparsifinerError(
             f"{path} has format {shown(settings['format'])}, this version reads 1 to {newest}; update sparsifiner"
         )
@@ -55,7 +55,7 @@ def _check(settings: Mapping[str, Any], path: object, where: str, fields: Mappin
             )
 
 
-def _whole(value: object) -> bool:
+def _integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -90,7 +90,7 @@ def _positive(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _SIDES = "whole numbers above 0"
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
-    "format": (_whole, "a whole number", True),
+    "format": (_integer, "a whole number", True),
     "architecture": (_text, "the name of a model", True),
     "model_args": (_named, "arguments by name", True),
     "dtype": (lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}", True),
@@ -98,13 +98,13 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
     "config": (_optional(_named), "named settings or null", True),
     "token_pruning": (_optional(_named), "named settings or null", False),
     "baseline": (_optional(_named), "named settings or null", False),
-    "basis_grid": (_optional(_several(_positive(_whole), 2)), f"rows and columns, {_SIDES}, or null", True),
+    "basis_grid": (_optional(_several(_positive(_integer), 2)), f"rows and columns, {_SIDES}, or null", True),
     "dense_fingerprint": (_optional(_text), "a text or null", True),
     "weights_fingerprint": (_optional(_text), "a text or null", False),
 }
 """Of each field: a test, what it expects in words, and whether every format has it."""
 
-_SIZE = (_several(_positive(_whole), 3), f"channels, rows and columns, {_SIDES}", False)
+_SIZE = (_several(_positive(_integer), 3), f"channels, rows and columns, {_SIDES}", False)
 _SHARE = (lambda value: _number(value) and 0 < value <= 10, "a number above 0, at most 10", False)
 _DATA = {
     "input_size": _SIZE,

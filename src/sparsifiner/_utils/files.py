@@ -118,7 +118,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where writing to a path ends up.
+    """Target that writing to a path ends up at.
 
     Args:
         path: with its links followed.
@@ -149,7 +149,7 @@ class _Place:
 
     @property
     def special(self) -> bool:
-        """Whether it is there and no regular file."""
+        """True for a target that is there and no regular file."""
         return self.mode is not None and not stat.S_ISREG(self.mode.st_mode)
 
     def make_temporary(self, sole_writer: bool) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException) -> str:
-    """What ``error`` says with line breaks folded, or its name if it says nothing.
+    """Text of ``error`` with line breaks folded, or its name if it has none.
 
     torch and timm advise to load what they refuse to unpickle with ``weights_only=False``, which runs whatever the file
     holds. That advice is not passed on.

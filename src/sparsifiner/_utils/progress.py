@@ -19,7 +19,7 @@ def progress_on(console: Any) -> Iterator[Progress]:
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, Any] = {}
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def notify(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
             if not console.is_terminal:
@@ -27,4 +27,4 @@ def progress_on(console: Any) -> Iterator[Progress]:
         bars.update(tasks[stage], completed=done, total=total)
 
     with bars:
-        yield tell
+        yield notify

@@ -1,4 +1,4 @@
-"""What files of others may make timm and torch do: build a known architecture, and unpickle nothing but tensors."""
+"""Limits of what files of others make timm and torch do: build a known architecture, unpickle tensors only."""
 
 from __future__ import annotations
 

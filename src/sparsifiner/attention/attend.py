@@ -58,11 +58,11 @@ def attend(
     """
     policy = Policy.of(config) if policy is None else policy
     if policy.runs_dense(inputs, config, predictor, training=training):
-        _tell(observe, inputs, None)
+        _notify(observe, inputs, None)
         return dense_attention(inputs)
     groups = tail_groups(config.tail, inputs)
     connectivity = predictor(inputs, groups)
-    _tell(observe, inputs, connectivity)
+    _notify(observe, inputs, connectivity)
     tail, attn_bias = None, inputs.attn_bias
     if groups is not None:
         tail = groups.tail(connectivity, predictor.tail_offset, inputs.backend)
@@ -91,7 +91,7 @@ def tail_groups(tail: TailConfig | None, inputs: AttentionInputs) -> KeyGroups |
     return group_keys(inputs.k, inputs.v, inputs.tiling.regions(tail.block), steps, inputs.backend)
 
 
-def _tell(
+def _notify(
     observe: Callable[[LayerRecord], None] | None, inputs: AttentionInputs, connectivity: Connectivity | None
 ) -> None:
     if observe is not None:

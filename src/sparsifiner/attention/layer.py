@@ -117,7 +117,7 @@ class SparseAttention(nn.Module):
         )  # fmt: skip
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> AttentionInputs:
-        """What attention takes besides settings; autocast leaves q and k of norms and rotations in float32."""
+        """Inputs of attention; q and k get the dtype of v, since autocast leaves norms and rotations in float32."""
         q, k = q.to(v.dtype), k.to(v.dtype)
         return AttentionInputs(q, k, v, self.tiling(q.shape[2]), self.scale, attn_bias, self.config.backend)
 

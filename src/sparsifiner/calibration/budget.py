@@ -102,7 +102,7 @@ def _curve(squares: Tensor, counts: Sequence[int]) -> list[float]:
 
 
 def _gains(curve: list[float]) -> list[float]:
-    """What each further key saves along the lower convex hull of ``curve``; never rising."""
+    """Gain of each further key along the lower convex hull of ``curve``; never rising."""
     hull: list[int] = []
     for point in range(len(curve)):
         while len(hull) >= 2 and _slope(curve, hull[-2], hull[-1]) >= _slope(curve, hull[-1], point):

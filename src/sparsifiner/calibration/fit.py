@@ -107,10 +107,10 @@ def calibrate(
         "configs": [layer.config.to_dict() for layer in layers.values()],
         "arguments": [keep_rates, start, steps, learning_rate, seed, len(fit_images), len(val_images)],
     }
-    purpose = "" if state is None else fingerprint(settings, [*model.state_dict().values(), *fit_images, *val_images])
-    saved = State(state, purpose)
-    with nullcontext(progress) if progress is not None else _bars() as tell:
-        run = _Run(model, fit_images, saved, tell, seed)
+    identity = "" if state is None else fingerprint(settings, [*model.state_dict().values(), *fit_images, *val_images])
+    saved = State(state, identity)
+    with nullcontext(progress) if progress is not None else _bars() as notify:
+        run = _Run(model, fit_images, saved, notify, seed)
         if any(isinstance(layer.predictor, LowRankPredictor) for layer in layers.values()):
             run.fit_predictors(start, steps, learning_rate)
         run.fit_tail("tail offsets")
@@ -128,10 +128,10 @@ def calibrate(
 class _Run:
     """A calibration under way, on a copy of the model."""
 
-    def __init__(self, model: nn.Module, images: list[Tensor], state: State, tell: Progress, seed: int) -> None:
+    def __init__(self, model: nn.Module, images: list[Tensor], state: State, notify: Progress, seed: int) -> None:
         self.model = copy.deepcopy(model).eval()
         self.layers = sparse_layers(self.model)
-        self.images, self.state, self.tell, self.seed = images, state, tell, seed
+        self.images, self.state, self.progress, self.seed = images, state, notify, seed
         self.saved_at = time.monotonic()
         for layer in self.layers.values():
             _watch_sparse(layer)
@@ -140,14 +140,14 @@ class _Run:
 
     def stage(self, name: str, total: int, step: Callable[[int], None]) -> None:
         """Run ``step`` with each number below ``total`` that is not done yet, saving now and then."""
-        self.tell(name, self.state.done.get(name, 0), total)
+        self.progress(name, self.state.done.get(name, 0), total)
         for number in range(self.state.done.get(name, 0), total):
             step(number)
             self.state.done[name] = number + 1
             if number + 1 == total or time.monotonic() - self.saved_at >= SAVE_SECONDS:
                 self.state.save()
                 self.saved_at = time.monotonic()
-            self.tell(name, number + 1, total)
+            self.progress(name, number + 1, total)
 
     def on_device(self, x: Tensor) -> Tensor:
         weight = weight_like(next(iter(self.layers.values())))

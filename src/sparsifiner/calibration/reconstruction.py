@@ -67,7 +67,7 @@ def dense_attention_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | N
 
 
 def tail_misses(q: Tensor, k: Tensor, v: Tensor, groups: KeyGroups, scale: float, bias: Tensor | None = None) -> Tensor:
-    """How wrong the output gets where the tail stands in for a key, ``[B, H, Q, N]``.
+    """Error of the output where the tail stands in for a key, ``[B, H, Q, N]``.
 
     ``|a - a_pooled| * |v_pooled| + a * |v - v_pooled|`` with ``a`` the dense attention and ``a_pooled`` what the
     group's mean key draws instead. Prefix tokens are in no group: losing one costs ``a * |v|``.

@@ -1,4 +1,4 @@
-"""What a calibration gained: per layer and at the end of the model, before and after."""
+"""Gains of a calibration: per layer and at the end of the model, before and after."""
 
 from __future__ import annotations
 

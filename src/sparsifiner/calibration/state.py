@@ -18,19 +18,19 @@ from ..errors import SparsifinerError
 
 
 class State:
-    """What a calibration has done so far: named tensors, and how far each of its stages is.
+    """State of a calibration: named tensors, and how far each of its stages is.
 
     Args:
         path: the file, read if it exists; None keeps everything in memory.
-        purpose: identifies the calibration: same model, images and settings.
+        identity: identifies the calibration: same model, images and settings.
 
     Raises:
         ValueError: if the file belongs to another calibration, or cannot be read or written.
     """
 
-    def __init__(self, path: str | Path | None, purpose: str) -> None:
+    def __init__(self, path: str | Path | None, identity: str) -> None:
         self.path = None if path is None else Path(path)
-        self.purpose = purpose
+        self.identity = identity
         self.tensors: dict[str, Tensor] = {}
         self.done: dict[str, int] = {}
         if self.path is None:
@@ -46,12 +46,12 @@ class State:
                 metadata = file.metadata() or {}
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.done = json.loads(metadata["done"])
-            purpose = metadata["purpose"]
+            identity = metadata["identity"]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise SparsifinerError(
                 f"{path} is not the state of a calibration that can be continued; delete it or name another"
             ) from error
-        if purpose != self.purpose:
+        if identity != self.identity:
             raise SparsifinerError(
                 f"{path} is the state of a calibration of another model, other images or other settings; "
                 f"delete it or name another"
@@ -63,7 +63,7 @@ class State:
             return
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
         with replacing(self.path, sole_writer=True) as temporary:
-            save_file(tensors, temporary, metadata={"done": json.dumps(self.done), "purpose": self.purpose})
+            save_file(tensors, temporary, metadata={"done": json.dumps(self.done), "identity": self.identity})
 
 
 def fingerprint(settings: dict[str, Any], tensors: Iterable[Tensor]) -> str:

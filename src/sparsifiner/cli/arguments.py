@@ -22,7 +22,7 @@ OPTIONS = {
     "data.img_size": "--img-size",
     "data.download=true": "--download",
 }
-"""What the options of a command are called in a recipe, whose words messages use."""
+"""Names of a command's options in a recipe, whose words messages use."""
 
 
 def parse_keep_rates(text: str | None) -> tuple[float, ...]:

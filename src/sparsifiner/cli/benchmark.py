@@ -65,7 +65,7 @@ def benchmark(
     stderr = Console(stderr=True)
     found: list[Measured] = []
     pays: dict[str, BreakEven | None] = {}
-    with progress_on(stderr) as tell:
+    with progress_on(stderr) as notify:
         for count in counts:
             side = math.isqrt(count)
             for rate in rates:
@@ -76,7 +76,7 @@ def benchmark(
                     settings,
                     repeats=repeats,
                     max_seconds=max_seconds,
-                    progress=lambda done, total, stage=stage: tell(stage, done, total),  # type: ignore[misc]
+                    progress=lambda done, total, stage=stage: notify(stage, done, total),  # type: ignore[misc]
                 )
         for size, built in models.items():
             for name in dtypes:
@@ -93,7 +93,7 @@ def benchmark(
                             compiled=compile,
                             repeats=repeats,
                             max_seconds=max_seconds,
-                            progress=lambda done, total, stage=stage: tell(stage, done, total),  # type: ignore[misc]
+                            progress=lambda done, total, stage=stage: notify(stage, done, total),  # type: ignore[misc]
                         )
                     )
         smallest = models[min(sizes)]
@@ -105,7 +105,7 @@ def benchmark(
                     sparse,
                     max_tokens=max_tokens,
                     max_seconds=max_seconds,
-                    progress=lambda done, total, stage=stage: tell(stage, done, total),  # type: ignore[misc]
+                    progress=lambda done, total, stage=stage: notify(stage, done, total),  # type: ignore[misc]
                 )
     machine = this_machine(torch.device("cpu"))
     facts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Where commands print: tables on stdout, and lines of plain text."""
+"""Consoles that commands print to: tables on stdout, and lines of plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models are worth on labelled images: one beside its dense twin, and many methods at many keep rates."""
+"""Models on labelled images: one beside its dense twin, and many methods at many keep rates."""
 
 from .cell import Cell, Row
 from .pareto import run_sweep

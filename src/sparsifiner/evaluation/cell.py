@@ -43,13 +43,13 @@ class Cell:
 
     @property
     def calibratable(self) -> bool:
-        """Whether its attention is sparse and has a predictor or a tail to fit."""
+        """True for sparse attention with a predictor or a tail to fit."""
         config = find_method(self.method).config
         return config is not None and has_something_to_fit(config(self.keep_rate))
 
     @property
     def learns_predictor(self) -> bool:
-        """Whether it has predictors with weights."""
+        """True for predictors with weights."""
         config = find_method(self.method).config
         return config is not None and config(self.keep_rate).predictor.learned
 
@@ -60,7 +60,7 @@ DENSE = Cell("dense", 1.0)
 
 @dataclass
 class Row:
-    """What was measured of a cell. Images come in one order for all cells, so rows compare image by image.
+    """Measurements of a cell. Images come in one order for all cells, so rows compare image by image.
 
     Args:
         cell: what was measured.
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def images(self) -> int:
-        """How many were classified."""
+        """Number of images that were classified."""
         return len(self.hits) - len(self.missing)
 
     @property
@@ -106,7 +106,7 @@ class Row:
         return wilson_interval(sum(self.hits), self.images)
 
     def drop_from(self, other: Row) -> tuple[float, tuple[float, float]]:
-        """How much less accurate this is than ``other`` on the images both have seen, with its 95 % interval."""
+        """Drop in accuracy against ``other`` on the images both have seen, with its 95 % interval."""
         count = min(len(self.hits), len(other.hits))
         gone = {*self.missing, *other.missing}
         kept = [place for place in range(count) if place not in gone]

@@ -13,7 +13,7 @@ from ..methods import METHODS
 from .cell import DENSE, STAGES, Row
 
 POINTS_BELOW = 15
-"""How far below the dense model the y axis reaches; rows below it are in the table only."""
+"""Reach of the y axis below the dense model; rows below it are in the table only."""
 
 
 def draw_pareto(rows: Iterable[Row], folder: Path) -> list[Path]:

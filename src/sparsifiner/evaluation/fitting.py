@@ -44,7 +44,7 @@ class CellModels:
         folder: of the sweep.
         dense: the model it starts from.
         samples: prepares the images of a source as they are validated.
-        tell: told of progress.
+        notify: told of progress.
         say: told lines of text.
     """
 
@@ -54,11 +54,11 @@ class CellModels:
         folder: Path,
         dense: nn.Module,
         samples: Callable[[ImageSource], Samples],
-        tell: Progress,
+        notify: Progress,
         say: Callable[[str], None],
     ) -> None:
         self.sweep, self.folder, self.dense, self.samples = sweep, folder, dense, samples
-        self.tell, self.say = tell, say
+        self.progress, self.say = notify, say
 
     def of(self, row: Row) -> nn.Module:
         """The model of a cell, ready to be measured; what was fitted in an earlier run is read from its folder.
@@ -76,7 +76,7 @@ class CellModels:
             if not (folder / RESULT_NAME).is_file():
                 self._record(cell)
                 start = time.perf_counter()
-                train(config, folder, cpu=self.sweep.device == "cpu", progress=self.tell, say=self.say)
+                train(config, folder, cpu=self.sweep.device == "cpu", progress=self.progress, say=self.say)
                 row.seconds += time.perf_counter() - start
             model = load_model(str(folder / ("ema" if config.ema_decay is not None else "model")))
         elif cell.stage == "calibrated":
@@ -125,7 +125,7 @@ class CellModels:
             raise SparsifinerError(f"{folder} {reason} name another folder with --output")
 
     def _fit(self, cell: Cell) -> dict[str, Any]:
-        """What the weights of a fitted cell follow from, as plain values."""
+        """Settings that the weights of a fitted cell follow from, as plain values."""
         return {
             "model": self.model_digest,
             "training_images": self._training_digest,
@@ -168,7 +168,7 @@ class CellModels:
         self._record(dataclasses.replace(cell, stage="calibrated"))
         model = self._converted(cell).to(self.sweep.device)
         images, state = self._calibration_images(), folder.with_name("calibration.state")
-        calibrate(model, images, steps=self.sweep.calibration_steps, state=state, progress=self.tell)
+        calibrate(model, images, steps=self.sweep.calibration_steps, state=state, progress=self.progress)
         save_model(model.cpu(), folder)
         row.seconds += time.perf_counter() - start
 

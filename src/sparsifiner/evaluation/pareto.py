@@ -65,8 +65,8 @@ def run_sweep(
 class _Run:
     """A sweep under way."""
 
-    def __init__(self, sweep: Sweep, folder: Path, tell: Progress, say: Callable[[str], None]) -> None:
-        self.sweep, self.folder, self.tell, self.say = sweep, folder, tell, say
+    def __init__(self, sweep: Sweep, folder: Path, notify: Progress, say: Callable[[str], None]) -> None:
+        self.sweep, self.folder, self.progress, self.say = sweep, folder, notify, say
         data = sweep.data
         self.dense: Any = load_model(sweep.model, img_size=data.size)
         if is_converted(self.dense) or not getattr(self.dense, "num_classes", 0):
@@ -77,14 +77,14 @@ class _Run:
             data.source, data.path, data.val_split or "", train_split=data.train_split,
             num_classes=dense.num_classes, download=data.download, limit=None,
         )  # fmt: skip
-        self.models = CellModels(sweep, folder, self.dense, self._samples, tell, say)
-        self.purpose = {
-            **sweep.purpose(),
+        self.models = CellModels(sweep, folder, self.dense, self._samples, notify, say)
+        self.common = {
+            **sweep.common_settings(),
             "validation_images": len(source),
             "validation_digest": source_digest(source),
             "model_digest": self.models.model_digest,
         }
-        self.rows = load_rows(folder, self.purpose)
+        self.rows = load_rows(folder, self.common)
         self.samples = self._samples(source)
         self.order = image_order(len(source), sweep.seed)[: sweep.num_images].tolist()
 
@@ -139,15 +139,15 @@ class _Run:
         runner = Cast(model, sweep.dtype)
         for done, batch in enumerate(loader, start=1):
             self._classify(runner, row, batches[done - 1], batch)
-            self.tell(label, done, len(batches))
+            self.progress(label, done, len(batches))
             if done % SAVE_EVERY == 0 and row.images:
                 self._keep(row)
         if not row.images:
             raise SparsifinerError(f"none of the {len(row.hits)} images can be read")
         if row.ms is None and sweep.repeats:
-            self.tell(f"{row.cell.name}: speed", 0, 1)
+            self.progress(f"{row.cell.name}: speed", 0, 1)
             self._time(model, row, x)
-            self.tell(f"{row.cell.name}: speed", 1, 1)
+            self.progress(f"{row.cell.name}: speed", 1, 1)
         self._keep(row)
 
     def _classify(self, model: nn.Module, row: Row, numbers: list[int], batch: Batch) -> None:
@@ -177,4 +177,4 @@ class _Run:
 
     def _keep(self, row: Row) -> None:
         self.rows[row.cell] = row
-        save_rows(self.folder, {"model": self.sweep.model, **self.purpose}, self.rows.values())
+        save_rows(self.folder, {"model": self.sweep.model, **self.common}, self.rows.values())

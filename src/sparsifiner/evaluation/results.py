@@ -19,18 +19,18 @@ DIGESTS = {
     "model_digest": "another model: its weights or its normalisation differ",
     "validation_digest": "other validation images",
 }
-"""What of a sweep is kept as a digest, and what it means that it differs."""
+"""Parts of a sweep that are kept as a digest, with the meaning of a difference."""
 
 
-def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell, Row]:
+def load_rows(folder: Path, common: dict[str, Any] | None = None) -> dict[Cell, Row]:
     """The rows in ``folder``, none if it holds no sweep.
 
     Args:
         folder: where :func:`save_rows` wrote.
-        purpose: what the sweep to go on with has in common for all rows; not compared if None.
+        common: what the sweep to go on with has in common for all rows; not compared if None.
 
     Raises:
-        ValueError: if the file cannot be read, or holds a sweep for another purpose.
+        ValueError: if the file cannot be read, or holds a sweep of other settings.
     """
     path = folder / RESULTS
     if not path.exists():
@@ -40,7 +40,7 @@ def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell,
         rows = [Row.from_dict(values) for values in content["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SparsifinerError(f"{path} is no readable sweep ({error}); name another folder with --output") from error
-    for name, wanted in (purpose or {}).items() if rows else ():
+    for name, wanted in (common or {}).items() if rows else ():
         if name not in content:
             found = f"a sweep of an older version, which did not record {name}, so nothing can be added to it"
         elif content[name] == wanted:
@@ -53,11 +53,11 @@ def load_rows(folder: Path, purpose: dict[str, Any] | None = None) -> dict[Cell,
     return {row.cell: row for row in rows}
 
 
-def save_rows(folder: Path, purpose: dict[str, Any], rows: Iterable[Row]) -> None:
+def save_rows(folder: Path, common: dict[str, Any], rows: Iterable[Row]) -> None:
     """Write ``pareto.json`` and ``pareto.csv``, each whole or not at all."""
     make_folder(folder)
     rows = list(rows)
-    content = {**purpose, "rows": [row.to_dict() for row in rows]}
+    content = {**common, "rows": [row.to_dict() for row in rows]}
     write_atomically(folder / RESULTS, json.dumps(content, indent=1) + "\n")
     text = io.StringIO()
     table = csv.DictWriter(text, list(table_row(rows[0], rows)), lineterminator="\n")

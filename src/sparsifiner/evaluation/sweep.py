@@ -1,4 +1,4 @@
-"""What a sweep compares: methods, keep rates and stages on the same labelled images."""
+"""Settings of a sweep: methods, keep rates and stages on the same labelled images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .cell import DENSE, STAGES, Cell
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to compare.
+    """Models, methods and images of a comparison.
 
     Args:
         model: a dense model with a classifier: ``builtin``, a timm name, or a folder ``train`` wrote. The teacher too.
@@ -87,8 +87,8 @@ class Sweep:
                 cells += [cell for cell in found if stage != "calibrated" or cell.calibratable]
         return list(dict.fromkeys(cells))
 
-    def purpose(self) -> dict[str, Any]:
-        """What all rows of one file must have in common."""
+    def common_settings(self) -> dict[str, Any]:
+        """Settings that all rows of one file have in common."""
         return {
             "source": self.data.source,
             "split": self.data.val_split,

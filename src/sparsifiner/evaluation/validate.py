@@ -1,4 +1,4 @@
-"""What a model is worth on labelled images: accuracy, FLOPs and speed, beside its dense twin."""
+"""A model on labelled images: accuracy, FLOPs and speed, beside its dense twin."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def validate(
         ValueError: in one line, if model and data do not fit, there is no readable labelled image, ``config`` is given
             for a converted model, or ``keep_rates`` for one without sparse layers that have a keep rate.
     """
-    tell = progress or (lambda stage, done, total: None)
+    notify = progress or (lambda stage, done, total: None)
     device = torch.device(device)
     if data.val_split is None:
         raise SparsifinerError("data.val_split is null; name the split to validate on, or '' if data.path is it")
@@ -156,13 +156,13 @@ def validate(
         if rate is not None:
             set_keep_rate(variant, rate)
         with always_sparse(variant):
-            rows.append(_measure(variants[0][0], variant, samples, x, data.workers, repeats, tell))
+            rows.append(_measure(variants[0][0], variant, samples, x, data.workers, repeats, notify))
         broken.update(rows[-1].accuracy.broken)
     return Validation(title, rows, (size[0], size[1]), len(x), str(dtype).removeprefix("torch."), broken)
 
 
 def _describe(model: nn.Module) -> str:
-    """What was done to a model: ``dense``, ``keep 0.1``, ``pruned 0.7, keep 0.1 to 0.3``, ``linformer`` and so on."""
+    """Conversions of a model in words: ``dense``, ``keep 0.1``, ``pruned 0.7, keep 0.1 to 0.3``, ``linformer``."""
     done = []
     if is_pruned(model):
         done.append(f"pruned {token_pruning(model).keep_rate:g}")
@@ -188,21 +188,21 @@ def _measure(
     x: Tensor,
     workers: int,
     repeats: int,
-    tell: Progress,
+    notify: Progress,
 ) -> ValidationRow:
     """The row of ``variant``; ``x`` is the batch ``[B, 3, H, W]`` that its speed is measured on."""
     name = _describe(variant)
     loader = validation_loader(samples, len(x), workers)
-    told = partial(_tell_batches, tell, f"{name}: accuracy", len(loader))
+    told = partial(_notify_batches, notify, f"{name}: accuracy", len(loader))
     accuracy = count_correct(Cast(variant, x.dtype), loader, x.device, progress=told)
     flops = count_flops(variant, x[:1])
     speed = speed_up = None
     if repeats:
-        tell(f"{name}: speed", 0, 1)
+        notify(f"{name}: speed", 0, 1)
         timings = compare_latency(reference, variant, x, repeats=repeats, warmup=1)
         speed = len(x) / timings.sparse_median
         speed_up = None if variant is reference else timings.paired_speedup
-        tell(f"{name}: speed", 1, 1)
+        notify(f"{name}: speed", 1, 1)
     return ValidationRow(name, accuracy, flops.total_macs, flops.mhsa_macs, speed, speed_up)
 
 
@@ -217,5 +217,5 @@ class Cast(nn.Module):
         return self.model(images.to(self.dtype))
 
 
-def _tell_batches(tell: Progress, stage: str, total: int, done: int) -> None:
-    tell(stage, done, total)
+def _notify_batches(notify: Progress, stage: str, total: int, done: int) -> None:
+    notify(stage, done, total)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tiling import Tiling, made_once
+from .._utils.cached_tensors import cached_tensors
+from .tiling import Tiling
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,18 +25,23 @@ class SubsetTiling(Tiling):
         grid: one row and as many columns as patches were kept.
         tile: one row and as many columns as the image's tile has patches, as far as there are so many.
         num_prefix_tokens: the model's own and the fused token.
-        whole: rows and columns of the image's patch grid.
+        image_shape: rows and columns of the image's patch grid.
         positions: raster numbers of the kept patches, int64 ``[B, n]``, in the order of the sequence.
         fused: whether the sequence holds a fused token.
     """
 
-    whole: tuple[int, int]
+    image_shape: tuple[int, int]
     positions: Tensor
     fused: bool
 
     @classmethod
     def of(
-        cls, positions: Tensor, whole: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, num_tokens: int
+        cls,
+        positions: Tensor,
+        image_shape: tuple[int, int],
+        tile: tuple[int, int],
+        num_prefix_tokens: int,
+        num_tokens: int,
     ) -> SubsetTiling:
         """The tiles of a sequence of ``num_tokens`` tokens, ``num_prefix_tokens`` of them the model's own prefix."""
         kept = positions.shape[1]
@@ -44,14 +50,14 @@ class SubsetTiling(Tiling):
             (1, kept),
             (1, min(kept, math.prod(tile))),
             num_prefix_tokens + fused,
-            whole=whole,
+            image_shape=image_shape,
             positions=positions,
             fused=fused,
         )
 
     @property
     def image_grid(self) -> tuple[int, int]:
-        return self.whole
+        return self.image_shape
 
     @property
     def num_image_prefix_tokens(self) -> int:
@@ -59,7 +65,7 @@ class SubsetTiling(Tiling):
 
     @property
     def num_missing(self) -> int:
-        return math.prod(self.whole) - self.num_patches
+        return math.prod(self.image_shape) - self.num_patches
 
     def rectangle(self, size: tuple[int, int]) -> tuple[int, int]:
         return (1, min(self.num_patches, math.prod(size)))
@@ -86,7 +92,7 @@ class SubsetTiling(Tiling):
 
     def coordinates(self) -> Tensor:
         """Row and column of each kept patch, float32 ``[B, n, 2]``."""
-        columns = self.whole[1]
+        columns = self.image_shape[1]
         return torch.stack([self.positions // columns, self.positions % columns], dim=-1).float()
 
     def tile_centres(self) -> Tensor:
@@ -99,7 +105,7 @@ def z_order(grid: tuple[int, int], device: torch.device) -> Tensor:
     return _z_order(grid).to(device)
 
 
-@made_once
+@cached_tensors
 def _z_order(grid: tuple[int, int]) -> Tensor:
     row = torch.arange(grid[0], device="cpu")[:, None]
     column = torch.arange(grid[1], device="cpu")[None, :]

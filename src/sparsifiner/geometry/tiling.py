@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._utils.cached_tensors import cached_tensors
 from ..errors import SparsifinerError
-
-Made = TypeVar("Made")
-
-
-def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Keep the tensors that ``make`` returns, which depend on its arguments only: numbers and devices.
-
-    A compiler traces the arithmetic instead, and folds it into constants: a tensor made while tracing, or under
-    ``FakeTensorMode``, must not outlive that in a cache.
-    """
-
-    @lru_cache(maxsize=256)
-    def kept(*args: object) -> Made:
-        with torch.inference_mode(False):  # so that autograd may save them
-            return make(*args)
-
-    @wraps(make)
-    def made(*args: object) -> Made:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-            return make(*args)
-        return kept(*args)
-
-    return made
 
 
 @dataclass(frozen=True)
@@ -88,7 +62,7 @@ class Tiling:
 
     @property
     def divides(self) -> bool:
-        """Whether every rectangle is whole."""
+        """True where no rectangle sticks out of the grid."""
         return self.grid[0] % self.tile[0] == 0 and self.grid[1] % self.tile[1] == 0
 
     @property
@@ -122,8 +96,8 @@ class Tiling:
         """Number of the rectangle each patch lies in, int64 ``[num_patches]``."""
         return _index_tensors(self.grid, self.tile, 0, device)[1]
 
-    def places(self, device: torch.device) -> Tensor:
-        """Where each patch stands in :meth:`tokens` flattened, int64 ``[num_patches]``."""
+    def slots(self, device: torch.device) -> Tensor:
+        """Position of each patch in :meth:`tokens` flattened, int64 ``[num_patches]``."""
         return _index_tensors(self.grid, self.tile, 0, device)[3]
 
     def sizes(self, device: torch.device) -> Tensor:
@@ -154,7 +128,7 @@ class Tiling:
         return x.unflatten(-3, (rows, self.tile[0])).unflatten(-2, (columns, self.tile[1]))
 
 
-@made_once
+@cached_tensors
 def _index_tensors(
     grid: tuple[int, int], tile: tuple[int, int], num_prefix_tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

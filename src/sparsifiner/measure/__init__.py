@@ -1,4 +1,4 @@
-"""What a model costs and what sparsity changes: FLOPs, latency, memory, fidelity, accuracy."""
+"""Measurements of dense and sparse models: FLOPs, latency, memory, fidelity, accuracy."""
 
 from .crossover import BreakEven, break_even
 from .fidelity import Fidelity, ImageFidelity, measure_fidelity

@@ -86,7 +86,7 @@ def wilson_interval(hits: int, trials: int, z: float = Z95) -> tuple[float, floa
 
 
 def paired_drop(before: Tensor, after: Tensor, z: float = Z95) -> tuple[float, tuple[float, float]]:
-    """How much accuracy one model loses against another on the same images, and the confidence interval.
+    """Accuracy that one model loses against another on the same images, with its confidence interval.
 
     Only images on which the two disagree tell anything, so the interval is much narrower than those of the two
     accuracies. It is Wald's for paired shares with half an image added to each of the four counts, which keeps it

@@ -1,4 +1,4 @@
-"""How fast sparse attention is on this machine: the operator, its layer, and whole models, beside dense attention."""
+"""Speed of sparse attention on this machine: the operator, its layer, and whole models, beside dense attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close a sparse model's features stay to the dense model's."""
+"""Distance of a sparse model's features from the dense model's."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .._utils.messages import one_line
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """What a forward pass needs on top of what is there before it.
+    """Memory that a forward pass needs on top of what is there before it.
 
     Args:
         forward_bytes: peak during the forward pass, weights and input not included.

@@ -23,7 +23,7 @@ from .builtin import BUILTIN
 
 TIMM_CONFIG_NAME, TIMM_WEIGHTS_NAME = "config.json", "model.safetensors"
 LOCAL = "local-dir:"
-"""What timm calls a folder in its own format."""
+"""Prefix of timm's names for folders in its own format."""
 
 
 def load_model(
@@ -78,7 +78,7 @@ def load_model(
 
 
 def _timm_name(name: str, trust_remote: bool) -> str:
-    """What ``timm.create_model`` calls the model ``name``."""
+    """Name of the model ``name`` for ``timm.create_model``."""
     if (Path(name) / TIMM_CONFIG_NAME).is_file():
         _check_timm_folder(Path(name), trust_remote)
         return f"{LOCAL}{name}"

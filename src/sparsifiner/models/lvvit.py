@@ -21,7 +21,7 @@ from ..errors import SparsifinerError
 
 
 class TokenLabelOutput(NamedTuple):
-    """What :class:`LvVit` returns while it trains with token labels.
+    """Output of :class:`LvVit` while it trains with token labels.
 
     Args:
         logits: of the class token, ``[B, classes]``.

@@ -187,7 +187,7 @@ def _additive_mask(
     num_prefix_tokens: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What is added to the logits: bias at kept keys and pooled tokens, ``-inf`` elsewhere, ``[B, H, N, N + P]``."""
+    """Additive mask of the logits: bias at kept keys and pooled tokens, ``-inf`` elsewhere, ``[B, H, N, N + P]``."""
     batch, heads, num_tiles, _ = indices.shape
     added = torch.zeros(indices.shape, dtype=dtype, device=indices.device) if bias is None else bias.to(dtype)
     rows = torch.full((batch, heads, num_tiles, num_tokens), float("-inf"), dtype=dtype, device=indices.device)

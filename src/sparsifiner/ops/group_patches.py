@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..geometry.tiling import Tiling, made_once
+from .._utils.cached_tensors import cached_tensors
+from ..geometry.tiling import Tiling
 from ._common import blocks_of, check_tokens, float_like, num_blocks, numbers_of
 from .registry import Operation, needs_derivatives
 
@@ -57,7 +58,7 @@ def blocks_around(blocks: Tiling, device: torch.device) -> Tensor:
     return _blocks_around(blocks.shape, device)
 
 
-@made_once
+@cached_tensors
 def _blocks_around(shape: tuple[int, int], device: torch.device) -> Tensor:
     rows, columns = shape
     step = torch.arange(-1, 2, device=device)
@@ -101,9 +102,9 @@ def _lloyd(patches: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor]
     device = patches.device
     around = blocks_around(blocks, device)  # [P, 9]
     number, missing = around.clamp(min=0), around < 0
-    places = blocks.places(device)
+    slots = blocks.slots(device)
     in_blocks = patches.new_zeros((*patches.shape[:2], around.shape[0] * blocks.tile_size, patches.shape[3]))
-    in_blocks = in_blocks.index_copy_(2, places, patches).unflatten(2, (around.shape[0], -1))  # [B, H, P, S, D]
+    in_blocks = in_blocks.index_copy_(2, slots, patches).unflatten(2, (around.shape[0], -1))  # [B, H, P, S, D]
     centres = blocks.mean_patches(patches)
     member = blocks.tile_of_patch(device).expand(patches.shape[:3])
     for step in range(steps):
@@ -113,7 +114,7 @@ def _lloyd(patches: Tensor, blocks: Tiling, steps: int) -> tuple[Tensor, Tensor]
         # |x - c|^2 without the part that is the same for all groups, negated and halved.
         nearness = in_blocks @ centres[:, :, number].mT - half[:, :, :, None]
         nearest = number.expand(half.shape).gather(3, nearness.argmax(-1))  # [B, H, P, S]
-        member = nearest.flatten(2)[:, :, places]
+        member = nearest.flatten(2)[:, :, slots]
     return member, centres
 
 

@@ -277,7 +277,7 @@ def refusal(operation: Operation, backend: str, needs_gradients: bool, arguments
 
 
 def needs_derivatives(*arguments: Any) -> bool:
-    """Whether derivatives of a function of these arguments are recorded, in whatever mode."""
+    """True where derivatives of a function of these arguments are recorded, in whatever mode."""
     if forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
@@ -364,7 +364,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def has_gradient(argument: Any) -> bool:
-    """Whether an argument is a tensor of floating-point numbers, which has a gradient."""
+    """True for a tensor of floating-point numbers, which has a gradient."""
     return isinstance(argument, Tensor) and argument.is_floating_point()
 
 

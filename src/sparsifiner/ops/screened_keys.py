@@ -26,7 +26,7 @@ def screened_keys(
     sum_probabilities: bool,
     backend: str = "auto",
 ) -> Tensor:
-    """What :func:`tile_keys` does, among the keys of each tile's best blocks only. No gradient flows.
+    """Keys with the highest scores, as from ``tile_keys``, among those of each tile's best blocks. No gradient flows.
 
     Probabilities are those among these keys. A block scores as if it were one key: its logit is that of the mean key
     plus the variance that its keys' spread gives the logits, so that a block with one key that matters does not vanish

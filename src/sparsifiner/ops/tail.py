@@ -1,4 +1,4 @@
-"""What stands in for the keys that were not kept: groups of keys, each with a mean key and a mean value."""
+"""Stand-ins for the keys that were not kept: groups of keys, each with a mean key and a mean value."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class KeyGroups:
         return count_unkept(connectivity.indices, connectivity.bias, self.blocks, self.member, backend=backend)
 
     def tail(self, connectivity: Connectivity, offset: Tensor | None = None, backend: str = "auto") -> Tail:
-        """What stands in for the keys that ``connectivity`` did not keep, with exact log-counts.
+        """Stand-ins for the keys that ``connectivity`` did not keep, with exact log-counts.
 
         At a keep rate of 1 every bias is ``-inf`` and the tail vanishes.
 

@@ -88,7 +88,7 @@ class Predictor(nn.Module):
     """It looks at the dense attention: an upper bound of fidelity that cannot be faster, so never replaced by dense."""
 
     note: ClassVar[str] = ""
-    """What a reader of figures made with a fresh one has to know, or nothing."""
+    """A warning for readers of figures made with a fresh one, or nothing."""
 
     settings: PredictorConfig
 

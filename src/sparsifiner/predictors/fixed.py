@@ -38,7 +38,7 @@ class RandomConfig(PredictorConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number("seed", self.seed, whole=True)
+        number("seed", self.seed, integer=True)
         if not -(2**63) <= self.seed < 2**63:
             raise SparsifinerError(f"seed must fit 64 bits, -2**63 to 2**63 - 1, got {self.seed}")
 

@@ -60,7 +60,7 @@ class LowRankConfig(PredictorConfig):
 
     def __post_init__(self) -> None:
         for name in ("reduce_n_factor", "reduce_c_factor", "n_down", "coef_topk"):
-            number(name, getattr(self, name), least=1, whole=True, optional=name in ("n_down", "coef_topk"))
+            number(name, getattr(self, name), least=1, integer=True, optional=name in ("n_down", "coef_topk"))
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise SparsifinerError("coef_topk and coef_threshold exclude each other; set one of them to None")
         for name in ("basis_threshold", "coef_threshold", "score_threshold"):

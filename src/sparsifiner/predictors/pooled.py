@@ -44,8 +44,8 @@ class PooledConfig(PredictorConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_pool", pair("query_pool", self.query_pool))
-        number("query_refine", self.query_refine, least=0, most=100, whole=True)
-        number("screen_from", self.screen_from, least=0, whole=True, optional=True)
+        number("query_refine", self.query_refine, least=0, most=100, integer=True)
+        number("screen_from", self.screen_from, least=0, integer=True, optional=True)
         choose("reduction", self.reduction, get_args(Reduction))
 
 

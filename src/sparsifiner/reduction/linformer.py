@@ -66,7 +66,7 @@ def linformer(
         ValueError: if no layer of ``model`` is timm's standard attention, it prunes or merges tokens, or not exactly
             one size is given, in its range.
     """
-    number("n_down", n_down, least=1, whole=True, optional=True)
+    number("n_down", n_down, least=1, integer=True, optional=True)
     if (keep_rate is None) == (n_down is None):
         raise SparsifinerError("linformer needs the rows of its projections: give keep_rate or n_down, one of the two")
     if reduces_tokens(model):  # the projections serve one number of tokens

@@ -198,7 +198,7 @@ def unprune_tokens(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def is_pruned(model: nn.Module) -> bool:
-    """Whether ``model`` is the result of :func:`prune_tokens`."""
+    """True for the result of :func:`prune_tokens`."""
     return hasattr(model, "_sparsifiner_tokens")
 
 

@@ -1,4 +1,4 @@
-"""What a baseline did to a model, as plain values, so that it can be saved and done again."""
+"""A baseline's conversion of a model as plain values, so that it can be saved and done again."""
 
 from __future__ import annotations
 

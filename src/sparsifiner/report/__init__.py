@@ -1,1 +1,1 @@
-"""What a person sees: tables, HTML pages and pictures of what attends to what."""
+"""Reports for people: tables, HTML pages and pictures of what attends to what."""

@@ -1,4 +1,4 @@
-"""What a report holds: one case per image size and keep rate, dense beside sparse."""
+"""Contents of a report: one case per image size and keep rate, dense beside sparse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TIE = 0.03  # medians closer than this are called equal
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the measurements were made."""
+    """Machine that the measurements were made on."""
 
     processor: str
     device: str
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def ran_dense(self) -> bool:
-        """Whether every layer of the sparse model ran its attention dense, because sparse would not pay."""
+        """True where every layer of the sparse model ran its attention dense, because sparse would not pay."""
         return not any(layer.sparse for layer in self.flops_sparse.layers)
 
     @property

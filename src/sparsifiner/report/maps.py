@@ -1,4 +1,4 @@
-"""What a few query patches attend to in the dense model, and which keys the sparse model keeps for them."""
+"""Dense attention of a few query patches beside the keys that the sparse model keeps for them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from .pictures import draw_maps
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """Settings of the measurements.
 
     Args:
         model: ``builtin``, a timm name, or a folder of ``save_pretrained``.
@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass
 class _Collected:
-    """What grows while the cases are measured."""
+    """Results that grow while the cases are measured."""
 
     cases: list[Case]
     notes: list[str]
@@ -78,17 +78,17 @@ def run_report(settings: Settings, photos: Photos, progress: Progress | None = N
         ValueError: if the model is unknown or cannot be converted, or a size does not fit; nothing long has
             run by then.
     """
-    tell = progress or (lambda stage, done, total: None)
+    notify = progress or (lambda stage, done, total: None)
     found = _Collected([], [], {}, {})
-    tell("loading the model", 0, 1)
+    notify("loading the model", 0, 1)
     sizes: list[tuple[int, int] | None] = list(settings.image_sizes) or [None]
     dense, sparse = _load_pair(settings, sizes[0])
     _check_sizes(dense, sparse, settings.image_sizes)
     for number, size in enumerate(sizes):
         if number:
             dense, sparse = _load_pair(settings, size)
-        tell("loading the model", 1, 1)
-        _measure_size(settings, photos, dense, sparse, size or _own_size(dense), found, tell)
+        notify("loading the model", 1, 1)
+        _measure_size(settings, photos, dense, sparse, size or _own_size(dense), found, notify)
     found.notes += _notes(settings, photos, sparse)
     parameters = sum(parameter.numel() for parameter in dense.parameters())
     return Report(
@@ -114,7 +114,7 @@ def _measure_size(
     sparse: nn.Module,
     size: tuple[int, int],
     found: _Collected,
-    tell: Progress,
+    notify: Progress,
 ) -> None:
     """All keep rates at one image size; what concerns the dense model alone is measured once."""
     transform = preprocess(dense, size)
@@ -124,41 +124,43 @@ def _measure_size(
         return transform(photos.photos[number].image)[None].to(settings.device, settings.dtype)
 
     x = image(0)
-    tell(f"{label}: counting FLOPs", 0, 1)
+    notify(f"{label}: counting FLOPs", 0, 1)
     flops_dense = count_flops(dense, x)
-    memory_dense = _memory(settings, dense, x, "dense", found, tell, label)
+    memory_dense = _memory(settings, dense, x, "dense", found, notify, label)
     rates: tuple[float | tuple[float, ...], ...] = settings.keep_rates or (_rates_of(sparse),)
     for rate in rates:
         set_keep_rate(sparse, rate)
         stage = f"{label}, keep {rate:g}" if isinstance(rate, float) else label
         names = [photo.name for photo in photos.photos]
 
-        fidelity = measure_fidelity(dense, sparse, _told(image, len(names), partial(tell, f"{stage}: fidelity")), names)
+        fidelity = measure_fidelity(
+            dense, sparse, _noting(image, len(names), partial(notify, f"{stage}: fidelity")), names
+        )
         flops_sparse: FlopReport = count_flops(sparse, x)
         latency = None
         if settings.repeats:
-            tell(f"{stage}: latency", 0, settings.repeats)
+            notify(f"{stage}: latency", 0, settings.repeats)
             latency = compare_latency(
                 dense,
                 sparse,
                 x,
                 repeats=settings.repeats,
                 max_seconds=settings.max_seconds,
-                progress=partial(tell, f"{stage}: latency"),
+                progress=partial(notify, f"{stage}: latency"),
             )
-            tell(f"{stage}: latency", settings.repeats, settings.repeats)
+            notify(f"{stage}: latency", settings.repeats, settings.repeats)
             if rate not in found.break_even:
                 found.break_even[rate] = break_even(
                     sparse,
                     max_tokens=settings.max_tokens,
                     max_seconds=settings.max_seconds,
-                    progress=partial(tell, f"{stage}: break-even"),
+                    progress=partial(notify, f"{stage}: break-even"),
                 )
-                tell(f"{stage}: break-even", settings.max_tokens, settings.max_tokens)
-        memory_sparse = _memory(settings, sparse, x, "sparse", found, tell, stage)
+                notify(f"{stage}: break-even", settings.max_tokens, settings.max_tokens)
+        memory_sparse = _memory(settings, sparse, x, "sparse", found, notify, stage)
         pictures = []
         if any(layer.sparse for layer in flops_sparse.layers):
-            pictures = _draw(settings, photos, dense, sparse, size, image, stage, found, tell)
+            pictures = _draw(settings, photos, dense, sparse, size, image, stage, found, notify)
         layer = next(iter(sparse_layers(sparse).values()))
         found.cases.append(
             Case(
@@ -179,27 +181,27 @@ def _measure_size(
         )
 
 
-def _told(image: Callable[[int], Tensor], count: int, tell: Callable[[int, int], None]) -> Iterator[Tensor]:
+def _noting(image: Callable[[int], Tensor], count: int, notify: Callable[[int, int], None]) -> Iterator[Tensor]:
     """The images one by one, telling how many are done."""
     for number in range(count):
-        tell(number, count)
+        notify(number, count)
         yield image(number)
-    tell(count, count)
+    notify(count, count)
 
 
 def _memory(
-    settings: Settings, model: nn.Module, x: Tensor, side: str, found: _Collected, tell: Progress, stage: str
+    settings: Settings, model: nn.Module, x: Tensor, side: str, found: _Collected, notify: Progress, stage: str
 ) -> PeakMemory | None:
     if not settings.memory:
         return None
-    tell(f"{stage}: memory ({side})", 0, 1)
+    notify(f"{stage}: memory ({side})", 0, 1)
     try:
         return measure_memory(model, x)
     except RuntimeError as error:
         found.notes.append(f"Memory of the {side} model was not measured: {error}.")
         return None
     finally:
-        tell(f"{stage}: memory ({side})", 1, 1)
+        notify(f"{stage}: memory ({side})", 1, 1)
 
 
 def _draw(
@@ -211,19 +213,19 @@ def _draw(
     image: Callable[[int], Tensor],
     stage: str,
     found: _Collected,
-    tell: Progress,
+    notify: Progress,
 ) -> list[str]:
     names = []
     shown = photos.photos[: settings.pictures]
     rate = stage.partition("keep ")[2] or "own"
     for number, photo in enumerate(shown):
-        tell(f"{stage}: pictures", number, len(shown))
+        notify(f"{stage}: pictures", number, len(shown))
         name = f"attention-{number + 1:02d}-{size[0]}x{size[1]}-keep-{rate}.png"
         maps = attention_maps(dense, sparse, image(number))
         found.pictures[name] = draw_maps(crop(photo.image, size), maps, title=f"{photo.name}, {stage}")
         names.append(name)
     if shown:
-        tell(f"{stage}: pictures", len(shown), len(shown))
+        notify(f"{stage}: pictures", len(shown), len(shown))
     return names
 
 

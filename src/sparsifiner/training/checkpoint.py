@@ -1,4 +1,4 @@
-"""Where a run stands, in one file that is whole or absent."""
+"""State of a run in one file, written atomically."""
 
 from __future__ import annotations
 

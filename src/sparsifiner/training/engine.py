@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a run.
+    """Result of a run.
 
     Args:
         model: folder of the trained model.
@@ -260,7 +260,7 @@ class Run:
         )  # fmt: skip
 
     def _head_fits(self, source: ImageSource) -> bool:
-        """Whether the model can be validated on these images; says so if not."""
+        """True where the model can be validated on these images; logs the reason if not."""
         if source.classes is None:
             self.say("validation is skipped: its images have no labels; use labelled ones, or set data.val_split=null")
             return False
@@ -337,7 +337,7 @@ class Run:
         return found
 
     def _models(self) -> dict[str, nn.Module]:
-        """What is trained, by name: the model and, if there is one, its average."""
+        """Trained models by name: the model and, if there is one, its average."""
         return {"model": self.student, **({} if self.ema is None else {"ema": self.ema.module})}
 
     def _average_statistics(self) -> None:

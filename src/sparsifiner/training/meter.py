@@ -1,4 +1,4 @@
-"""What the losses were, between two log lines, and whether they still are numbers."""
+"""Mean losses between two log lines, and the check that they still are numbers."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class Objective(nn.Module):
 
 
 class Taught:
-    """What a teacher says about a batch.
+    """Answers of a teacher to a batch.
 
     Args:
         tokens: patch tokens ``[B, P, C]``.
@@ -165,7 +165,7 @@ class Taught:
         self._layers = seen
 
     def attention(self, number: int, q: Tensor, layers: int) -> tuple[LayerRecord, float]:
-        """What attention of a layer is made of and the factor on its logits.
+        """Queries, keys and bias of a layer, and the factor on its logits.
 
         The teacher's heads may be of another width than the student's, whose queries ``[B, H, N, D]`` are given.
         """
@@ -203,7 +203,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Taught:
-        """What it says about ``images`` ``[B, 3, H, W]``, normalised as the student has it."""
+        """Its answers to ``images`` ``[B, 3, H, W]``, normalised as the student has it."""
         with ExitStack() as stack:
             seen = stack.enter_context(record(self.model, tensors=True)) if self.records else {}
             tokens, logits = run_model(self.model, self.renormalise(images), head=True)

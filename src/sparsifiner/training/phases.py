@@ -1,4 +1,4 @@
-"""What changes from phase to phase: what learns, how attention runs, the optimiser and its schedule."""
+"""Changes from phase to phase: trained weights, mode of attention, the optimiser and its schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is made of: frozen dataclasses, checked when they are made."""
+"""Settings of a training run: frozen dataclasses, checked when they are made."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PHASES: Mapping[str, tuple[str, Mapping[str, float]]] = MappingProxyType(
         "cls": ("backbone", {"ce": 1.0}),
     }
 )
-"""What each phase trains and its losses, unless the recipe says otherwise."""
+"""Trained weights and losses of each phase, unless the recipe says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PhaseConfig:
         if (self.epochs is None) == (self.steps is None):
             raise SparsifinerError(f"phase {self.name} needs a length: set epochs or steps, one of the two")
         number("epochs", self.epochs, above=0, optional=True)
-        number("steps", self.steps, least=1, whole=True, optional=True)
+        number("steps", self.steps, least=1, integer=True, optional=True)
         number("lr", self.lr, above=0)
         for name in ("min_lr", "warmup", "warmup_lr"):
             number(name, getattr(self, name), least=0)
@@ -116,7 +116,7 @@ class PhaseConfig:
 
     @property
     def dense_attention(self) -> bool:
-        """Whether attention runs dense while this phase trains."""
+        """True where attention runs dense while this phase trains."""
         return self.name == "attn_recon"
 
     def num_updates(self, updates_per_epoch: int) -> int:
@@ -130,7 +130,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from.
+    """Source of the images.
 
     Args:
         source: ``folder`` (one subfolder per class below ``path/split``), ``images`` (any folder tree, no labels),
@@ -166,15 +166,15 @@ class DataConfig:
         if not (self.source in ("folder", "images", "cifar10-png", "hf") or (head in ("torch", "hf") and rest)):
             raise SparsifinerError(f"data.source {self.source!r} is unknown; choose {SOURCES}")
         for name in ("limit", "val_limit"):
-            number(f"data.{name}", getattr(self, name), least=1, whole=True, optional=True)
-        number("data.workers", self.workers, least=0, whole=True)
+            number(f"data.{name}", getattr(self, name), least=1, integer=True, optional=True)
+        number("data.workers", self.workers, least=0, integer=True)
         size = _tuple(self.img_size)
         if size is not None:
             sides = size if isinstance(size, tuple) else (size, size)
             if len(sides) != 2:
                 raise SparsifinerError(f"data.img_size must be one number or height and width, got {self.img_size!r}")
             for side in sides:
-                number("data.img_size", side, least=1, whole=True)
+                number("data.img_size", side, least=1, integer=True)
             object.__setattr__(self, "img_size", tuple(sides))
 
     @property
@@ -230,7 +230,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed."""
+        """True where images of a batch are mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
 
 
@@ -311,10 +311,10 @@ class TrainConfig:
         for name in self.trackers:
             choose("tracker", name, TRACKERS)
         for name in ("batch_size", "accumulation", "log_every", "checkpoint_every"):
-            number(name, getattr(self, name), least=1, whole=True)
+            number(name, getattr(self, name), least=1, integer=True)
         for name in ("seed", "eval_every"):
-            number(name, getattr(self, name), least=0, whole=True)
-        number("num_classes", self.num_classes, least=0, whole=True, optional=True)
+            number(name, getattr(self, name), least=0, integer=True)
+        number("num_classes", self.num_classes, least=0, integer=True, optional=True)
         number("weight_decay", self.weight_decay, least=0)
         number("clip_grad", self.clip_grad, above=0, optional=True)
         number("ema_decay", self.ema_decay, above=0, most=1, optional=True)

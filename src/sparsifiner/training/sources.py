@@ -1,4 +1,4 @@
-"""Where images come from: a folder, torchvision, Hugging Face, CIFAR-10 as PNG strips. All look the same."""
+"""Sources of images: a folder, torchvision, Hugging Face, CIFAR-10 as PNG strips. All look the same."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ImageSource(ABC):
         """Its class number, -1 without labels."""
 
     def name(self, number: int) -> str:
-        """What to call it in a message."""
+        """Name of the source in messages."""
         return f"image {number}"
 
 

@@ -93,7 +93,7 @@ def _trained_classes(config: TrainConfig, base: Any) -> int | None:
 
 
 def needs_teacher(config: TrainConfig, number: int) -> bool:
-    """Whether the phase of that number asks the teacher anything.
+    """True where the phase of that number asks the teacher anything.
 
     Attention is the student's own where that is the same teacher's: while it runs dense and nothing but predictors
     has learned.

@@ -101,7 +101,7 @@ def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def address(x: Tensor | None) -> int:
-    """Where the elements of a contiguous tensor lie; 0 for None. Keep ``x`` alive."""
+    """Address of the elements of a contiguous tensor; 0 for None. Keep ``x`` alive."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -111,5 +111,5 @@ def call(function: str, *arguments: Any) -> None:
 
 
 def is_not_a_number(error: ValueError) -> bool:
-    """Whether the module refused scores because they hold NaN, and not for wrong arguments."""
+    """True where the module refused scores because they hold NaN, and not for wrong arguments."""
     return "NaN" in str(error)

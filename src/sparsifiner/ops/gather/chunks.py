@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
 
     @property
     def divides(self) -> bool:
-        """Whether every tile is whole."""
+        """True where no tile sticks out of the grid."""
         return self.tile_tokens.numel() == self.q.shape[2] - self.num_prefix_tokens
 
     @property
@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What :meth:`GatheredChunk.add_gradients` adds to; a tensor without elements where there is no such input."""
+    """Tensors that :meth:`GatheredChunk.add_gradients` adds to; without elements where there is no such input."""
 
     q: Tensor
     k: Tensor
@@ -111,7 +111,7 @@ class _Chunk:
             grads.attn_bias.index_put_(self.attn_bias_index, dlogits, accumulate=True)
 
     def attn_bias_of(self, columns: Tensor) -> Tensor:
-        """What ``attn_bias`` adds to the logits of keys ``columns`` ``[C or 1, M]``; remembers where it stands."""
+        """Part of ``attn_bias`` for the logits of keys ``columns`` ``[C or 1, M]``; its index is kept for gradients."""
         attn_bias, heads = self.inputs.attn_bias, self.inputs.q.shape[1]
         assert attn_bias is not None
         image = (self.row // heads).clamp(max=attn_bias.shape[0] - 1)
@@ -215,7 +215,7 @@ def make_chunks(inputs: Inputs) -> Iterator[GatheredChunk | MaskedChunk]:
 
 
 def masking_pays(inputs: Inputs) -> bool:
-    """Whether products with all keys cost less than copies of the kept ones."""
+    """True where products with all keys cost less than copies of the kept ones."""
     queries_per_tile = inputs.tile_tokens.shape[1]
     copied = inputs.indices.shape[-1] + inputs.num_pooled
     return queries_per_tile * (inputs.k.shape[2] + inputs.num_pooled) < COPY_COST * copied
