@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.utils import logging
 
 from sparsifiner.cli import main
-from sparsifiner.ops import cpu
+from sparsifiner.ops import OPERATIONS, cpu
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -40,6 +40,23 @@ def test_facts_agree_with_the_library(capsys) -> None:
     chosen = {choice["dtype"]: choice["backend"] for choice in facts["choices"] if choice["device"] == "cpu"}
     assert chosen["float16"] == "gather"
     assert chosen["float32"] == ("native" if cpu.why_missing() is None else "gather")
+
+
+def test_every_operation_has_a_backend_and_the_others_a_reason(capsys) -> None:
+    facts = json.loads(run(["info", "--json"], capsys))
+    found = facts["operations"]["cpu"]
+    assert set(found) == set(OPERATIONS)
+    assert found["attend_backward"] == {
+        "backend": "gather",
+        "others": {"native": "it has no kernel for attend_backward"},
+    }
+    assert found["topk"]["backend"] == ("native" if cpu.why_missing() is None else "reference")
+    text = run(["info"], capsys)
+    for operation, answer in found.items():
+        assert answer["backend"] in text
+        for backend, reason in answer["others"].items():
+            line = next(line for line in text.splitlines() if line.strip().startswith(f"not {backend}: {reason}"))
+            assert operation in line
 
 
 @pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..ops.registry import Operation
 
 
 def info(json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False) -> None:
@@ -26,6 +31,16 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout
             print(f"not {level}: {reason}")
     for choice in facts["choices"]:
         print(f"auto, {choice['device']}, {choice['dtype']}: {choice['backend']}: {choice['reason']}")
+    for device, operations in facts["operations"].items():
+        served: dict[str, list[str]] = {}
+        refused: dict[str, list[str]] = {}
+        for name, answer in operations.items():
+            served.setdefault(answer["backend"], []).append(name)
+            for backend, reason in answer["others"].items():
+                refused.setdefault(f"not {backend}: {reason}", []).append(name)
+        print(f"operations on {device}, float32:")
+        for line, names in {**served, **refused}.items():
+            print(f"  {line}: {', '.join(names)}")
 
 
 def gather_facts() -> dict[str, Any]:
@@ -33,7 +48,7 @@ def gather_facts() -> dict[str, Any]:
     import torch
 
     from .. import __version__
-    from ..ops import choose_backend, cpu
+    from ..ops import OPERATIONS, choose_backend, cpu
     from ..report.contents import this_machine
 
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -44,6 +59,10 @@ def gather_facts() -> dict[str, Any]:
                 backend, reason = choose_backend(torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
                 name = str(dtype).removeprefix("torch.")
                 choices.append({"device": device.type, "dtype": name, "backend": backend, "reason": reason})
+        operations = {
+            device.type: {name: _who_serves(operation, device) for name, operation in OPERATIONS.items()}
+            for device in devices
+        }
     return {
         "sparsifiner": __version__,
         "machine": asdict(this_machine(torch.device("cpu"))),
@@ -54,4 +73,21 @@ def gather_facts() -> dict[str, Any]:
             "missing": cpu.why_missing(),
         },
         "choices": choices,
+        "operations": operations,
     }
+
+
+def _who_serves(operation: Operation, device: torch.device) -> dict[str, Any]:
+    """The backend of an operation on float32 tensors, and why every other one does not serve it."""
+    import torch
+
+    from ..ops import backends, serving
+    from ..ops.registry import refusal
+
+    first = operation.arguments[0]
+    sizes = (1, 1, 1, 1, 64) if first == "pooled" else (1, 1, 1, 64)  # all that backends ask about
+    arguments = {first: torch.empty(sizes, device=device)}
+    chosen, _ = serving(operation, "auto", False, arguments)
+    others = (name for name in backends() if name not in (chosen, "reference"))
+    reasons = {name: refusal(operation, name, False, arguments) for name in others}
+    return {"backend": chosen, "others": {name: reason for name, reason in reasons.items() if reason is not None}}

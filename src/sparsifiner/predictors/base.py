@@ -154,6 +154,8 @@ class Predictor(nn.Module):
         """The keys to keep, given how far each value lies from what would stand in for it."""
         tiling = inputs.tiling
         scores, bytes_per_tile = self.tile_scores(inputs, value_distance)
+        if isinstance(bytes_per_tile, torch.SymInt):  # exported for any batch: as many pieces as for one image
+            bytes_per_tile //= inputs.q.shape[0]
         step = max(1, CHUNK_BYTES // max(1, bytes_per_tile))
         ranges = [(start, min(start + step, tiling.num_tiles)) for start in range(0, tiling.num_tiles, step)]
         return self.select(scores, ranges, tiling, inputs.backend)
