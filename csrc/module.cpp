@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "sparsifiner.h"
+#include "core/sparsifiner.h"
 
 namespace nb = nanobind;
 namespace sp = sparsifiner;
@@ -39,7 +39,7 @@ using KeysShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_
 sp::TileKeys tile_keys(const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
                        uintptr_t log2_weight, uintptr_t indices) {
   sp::TileKeys p;
-  std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.members, p.first, p.count) = shape;
+  std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.pooled_queries, p.first, p.count) = shape;
   p.dtype = dtype(bfloat16);
   p.scale = scale;
   p.sum = sum;
@@ -136,10 +136,10 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "log_counts",
-      [](uintptr_t indices, uintptr_t bias, int64_t count, int64_t kept, const Grid& grid, uintptr_t member,
+      [](uintptr_t indices, uintptr_t bias, int64_t count, int64_t kept, const Grid& grid, uintptr_t assignment,
          int64_t rows_per_head, uintptr_t counts, int threads) {
         sp::log_counts(pointer<const int32_t>(indices), pointer<const float>(bias), count, kept, block_grid(grid),
-                       pointer<const int32_t>(member), rows_per_head, pointer<float>(counts), threads);
+                       pointer<const int32_t>(assignment), rows_per_head, pointer<float>(counts), threads);
       },
       release());
   m.def(
@@ -152,13 +152,13 @@ NB_MODULE(_native, m) {
   m.def(
       "group_patches",
       [](const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16, const RowsTuple& x, const Grid& grid,
-         uintptr_t member, uintptr_t mean, uintptr_t distance, int threads) {
+         uintptr_t assignment, uintptr_t mean, uintptr_t distance, int threads) {
         sp::PatchGroups p;
         std::tie(p.batch, p.heads, p.width, p.steps) = shape;
         p.dtype = dtype(bfloat16);
         p.x = rows(x);
         p.grid = block_grid(grid);
-        p.member = pointer<int32_t>(member);
+        p.assignment = pointer<int32_t>(assignment);
         p.mean = pointer<void>(mean);
         p.distance = pointer<float>(distance);
         sp::group_patches(p, threads);
@@ -166,9 +166,9 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "pool_groups",
-      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, uintptr_t member,
+      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, uintptr_t assignment,
          uintptr_t out, int threads) {
-        sp::pool_groups(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<const int32_t>(member),
+        sp::pool_groups(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<const int32_t>(assignment),
                         pointer<void>(out), threads);
       },
       release());

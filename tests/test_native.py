@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_levels import LEVELS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.usefixtures("two_threads"),
 ]
 
-LEVELS = [*cpu.levels(), "amx_emulated"]
 DTYPES = (torch.float32, torch.bfloat16)
 
 

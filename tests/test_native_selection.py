@@ -7,6 +7,7 @@ import torch
 from choosing import chooser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_levels import EXACT_LEVELS, LEVELS, ROUNDING_LEVELS, level_parameters
 
 from sparsifiner import SparsifinerConfig, Tiling
 from sparsifiner.ops import cpu, group_queries, pool_blocks, tile_keys, top_keys
@@ -18,10 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("two_threads"),
 ]
 
-LEVELS = [*cpu.levels(), "amx_emulated"]
 DTYPES = (torch.float32, torch.bfloat16)
-ROUNDING_LEVELS = [level for level in LEVELS if level in ("avx512bf16", "amx", "amx_emulated")]
-"""Those whose scores come from products of bytes (avx512bf16) or of bfloat16."""
 
 
 def rounded_for_scores(level: str, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +132,7 @@ def test_groups_and_distances_are_those_of_torch(
     assert agrees.double().mean() > 0.99
 
 
-@pytest.mark.parametrize("level", ROUNDING_LEVELS)
+@pytest.mark.parametrize("level", level_parameters(ROUNDING_LEVELS))
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=30, deadline=None)
 @given(
@@ -200,7 +198,7 @@ def test_scores_that_are_no_numbers_concern_their_image_only(level: str, where: 
         assert (got[1] == {"key": 5, "last key": 69}[where]).any(-1).all()
 
 
-@pytest.mark.parametrize("level", ROUNDING_LEVELS)
+@pytest.mark.parametrize("level", level_parameters(ROUNDING_LEVELS))
 @pytest.mark.parametrize("size", [0.0, 1e-42, 1e-33, 1e15])
 def test_tiny_and_huge_keys_can_be_scored(level: str, size: float) -> None:
     pooled, k = torch.randn(1, 1, 3, 2, 48), torch.randn(1, 1, 70, 48) * size
@@ -212,7 +210,7 @@ def test_tiny_and_huge_keys_can_be_scored(level: str, size: float) -> None:
         assert (chosen == best[..., None]).any(-1).all()
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if level not in ROUNDING_LEVELS])
+@pytest.mark.parametrize("level", EXACT_LEVELS)
 @pytest.mark.parametrize("reduction", ["max", "sum"])
 @pytest.mark.parametrize(
     ("grid", "tile", "tail"),

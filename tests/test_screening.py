@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from choosing import Chooser, chooser
+from native_levels import LEVELS, ROUNDING_LEVELS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,8 +16,6 @@ from sparsifiner.models import load_model
 from sparsifiner.ops import cpu
 from sparsifiner.predictors import PooledConfig
 from sparsifiner.predictors.screening import num_screened_blocks
-
-LEVELS = [*cpu.levels(), "amx_emulated"] if cpu.why_missing() is None else []
 
 
 def build(tiling: Tiling, **changes: object) -> Chooser:
@@ -52,7 +51,7 @@ def test_native_kernels_choose_what_torch_chooses(level, dtype, changes, grid, t
     assert (native.indices.diff(dim=-1) > 0).all()
     same = (native.to_mask() == stepwise.to_mask()).double().mean()
     # Rounded scores take keys for each other whose scores are nearly equal.
-    rounded = dtype == torch.bfloat16 or level in ("avx512bf16", "amx", "amx_emulated")
+    rounded = dtype == torch.bfloat16 or level in ROUNDING_LEVELS
     assert same >= (0.985 if rounded else 0.9999)
 
 

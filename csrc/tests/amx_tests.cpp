@@ -5,22 +5,18 @@
 #include <cstring>
 #include <string>
 
-#include "amx_support.h"
-#include "kernels.h"
+#include "core/amx_support.h"
+#include "core/kernel_table.h"
+#include "core/sparsifiner.h"
+#include "tests/amx_emulated_tiles.h"
 
 #if defined(__linux__) && defined(__x86_64__) && defined(SPARSIFINER_AMX)
-#include <csignal>
-#include <ucontext.h>
+#include "tests/trapped_tiles.h"
 #define CAN_TRAP_TILES
 #endif
 
+namespace sparsifiner {
 namespace {
-using namespace sparsifiner;
-#include "attend_kernel.h"
-#include "amx_emulated_tiles.h"
-#if defined(CAN_TRAP_TILES)
-#include "trapped_tiles.h"
-#endif
 
 int failures = 0;
 
@@ -99,8 +95,10 @@ void test_machine_code() {
 #endif
 
 }  // namespace
+}  // namespace sparsifiner
 
 int main() {
+  using namespace sparsifiner;
   test_emulated_unit();
   test_self_check();
 #if defined(CAN_TRAP_TILES)

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "selection_tests.h"
+#include "tests/selection_tests.h"
 
 namespace {
 
@@ -92,25 +92,25 @@ void test_patch_groups(std::mt19937& random, const char* level, bool half) {
   const sp::Rows rows{half ? static_cast<const void*>(x16.data()) : x.data(), tokens * heads * width, width, heads * width};
   const sp::DType dtype = half ? sp::DType::bfloat16 : sp::DType::float32;
   const auto row = [&](int64_t head, int64_t token) { return x.data() + (token * heads + head) * width; };
-  std::vector<int32_t> member(heads * patches), before;
+  std::vector<int32_t> assignment(heads * patches), before;
   std::vector<float> mean(heads * grid.blocks() * width), distance(heads * tokens);
   std::vector<uint16_t> mean16(half ? mean.size() : 0);
-  std::vector<double> centre(mean.size());
+  std::vector<double> centroid(mean.size());
   std::vector<int> size(heads * grid.blocks());
   const auto take_means = [&] {
     std::vector<double> sum(mean.size());
     std::fill(size.begin(), size.end(), 0);
     for (int64_t i = 0; i < heads * patches; ++i) {
-      const int64_t group = i / patches * grid.blocks() + member[i];
+      const int64_t group = i / patches * grid.blocks() + assignment[i];
       ++size[group];
       for (int64_t d = 0; d < width; ++d) sum[group * width + d] += row(i / patches, grid.prefix + i % patches)[d];
     }
     for (std::size_t i = 0; i < sum.size(); ++i)
-      if (size[i / width] > 0) centre[i] = sum[i] / size[i / width];
+      if (size[i / width] > 0) centroid[i] = sum[i] / size[i / width];
   };
   bool near = true;
   for (int64_t steps = 0; steps < 3; ++steps) {
-    sp::group_patches({1, heads, width, steps, dtype, rows, grid, member.data(),
+    sp::group_patches({1, heads, width, steps, dtype, rows, grid, assignment.data(),
                        half ? static_cast<void*>(mean16.data()) : mean.data(), distance.data()}, 2);
     for (int64_t i = 0; i < heads * patches; ++i) {
       const int64_t head = i / patches, patch = i % patches;
@@ -118,21 +118,21 @@ void test_patch_groups(std::mt19937& random, const char* level, bool half) {
       const auto square = [&](int64_t group) {
         double total = 0;
         for (int64_t d = 0; d < width; ++d) {
-          const double difference = row(head, grid.prefix + patch)[d] - centre[(head * grid.blocks() + group) * width + d];
+          const double difference = row(head, grid.prefix + patch)[d] - centroid[(head * grid.blocks() + group) * width + d];
           total += difference * difference;
         }
         return total;
       };
       if (steps == 0) {
-        near = near && member[i] == by * grid.horizontal() + bx;
+        near = near && assignment[i] == by * grid.horizontal() + bx;
         continue;
       }
       double least = INFINITY;
       for (int64_t y = std::max<int64_t>(0, by - 1); y <= std::min(grid.vertical() - 1, by + 1); ++y)
         for (int64_t z = std::max<int64_t>(0, bx - 1); z <= std::min(grid.horizontal() - 1, bx + 1); ++z)
           least = std::min(least, square(y * grid.horizontal() + z));
-      const int64_t away_y = std::abs(member[i] / grid.horizontal() - by), away_x = std::abs(member[i] % grid.horizontal() - bx);
-      near = near && away_y <= 1 && away_x <= 1 && square(member[i]) <= least + 1e-3;
+      const int64_t away_y = std::abs(assignment[i] / grid.horizontal() - by), away_x = std::abs(assignment[i] % grid.horizontal() - bx);
+      near = near && away_y <= 1 && away_x <= 1 && square(assignment[i]) <= least + 1e-3;
     }
     take_means();
   }
@@ -140,34 +140,34 @@ void test_patch_groups(std::mt19937& random, const char* level, bool half) {
   bool close = true;
   for (std::size_t i = 0; i < mean.size(); ++i) {
     const double got = half ? widen(mean16[i]) : mean[i];
-    close = close && std::fabs(got - centre[i]) < (half ? 0.02 : 1e-5);
+    close = close && std::fabs(got - centroid[i]) < (half ? 0.02 : 1e-5);
   }
   for (int64_t i = 0; i < heads * tokens; ++i) {
     const int64_t head = i / tokens, patch = i % tokens - grid.prefix;
     double total = 0;
     for (int64_t d = 0; d < width; ++d) {
-      const double from = patch < 0 ? 0 : centre[(head * grid.blocks() + member[head * patches + patch]) * width + d];
+      const double from = patch < 0 ? 0 : centroid[(head * grid.blocks() + assignment[head * patches + patch]) * width + d];
       total += (row(head, i % tokens)[d] - from) * (row(head, i % tokens)[d] - from);
     }
     close = close && std::fabs(distance[i] - std::sqrt(total)) < 1e-3;
   }
   std::vector<float> again(mean.size());
   std::vector<uint16_t> again16(mean16.size());
-  sp::pool_groups(rows, dtype, 1, heads, width, grid, member.data(),
+  sp::pool_groups(rows, dtype, 1, heads, width, grid, assignment.data(),
                   half ? static_cast<void*>(again16.data()) : again.data(), 2);
   for (std::size_t i = 0; i < mean.size(); ++i) {
-    const double want = size[i / width] > 0 ? centre[i] : 0;
+    const double want = size[i / width] > 0 ? centroid[i] : 0;
     close = close && std::fabs((half ? widen(again16[i]) : again[i]) - want) < (half ? 0.02 : 1e-5);
   }
   expect(close, "means of groups and distances from them", level);
   std::vector<int32_t> kept(heads);  // of each head one list with one key
   for (int64_t head = 0; head < heads; ++head) kept[head] = static_cast<int32_t>(pick(0, tokens - 1));
   std::vector<float> counts(heads * grid.blocks());
-  sp::log_counts(kept.data(), nullptr, heads, 1, grid, member.data(), 1, counts.data(), 2);
+  sp::log_counts(kept.data(), nullptr, heads, 1, grid, assignment.data(), 1, counts.data(), 2);
   bool exact = true;
   for (int64_t i = 0; i < heads * grid.blocks(); ++i) {
     const int64_t head = i / grid.blocks(), patch = kept[head] - grid.prefix;
-    const bool lost = patch >= 0 && member[head * patches + patch] == i % grid.blocks();
+    const bool lost = patch >= 0 && assignment[head * patches + patch] == i % grid.blocks();
     exact = exact && counts[i] == std::log(static_cast<float>(size[i] - lost));
   }
   expect(exact, "log-counts of groups", level);

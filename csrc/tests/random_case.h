@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "sparsifiner.h"
+#include "core/sparsifiner.h"
 
 namespace sp = sparsifiner;
 

@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "random_case.h"
+#include "tests/random_case.h"
 
 namespace {
 
@@ -62,7 +62,7 @@ void test_tile_keys(std::mt19937& random, const char* level, bool half) {
   p.sum = false;
   p.q = c.problem(nullptr).q;
   p.k = c.problem(nullptr).k;
-  p.members = 1;  // each token is a tile of its own
+  p.pooled_queries = 1;  // each token is a tile of its own
   p.tiles = p.tokens;
   const int64_t candidates = p.tokens - p.first;
   std::vector<float> weight(random() % 2 ? p.batch * p.heads * candidates : 0);
@@ -110,7 +110,7 @@ void test_screened_keys(std::mt19937& random, const char* level, bool half) {
   t.tokens = t.first + patches;
   t.width = 16 * pick(1, 8);
   t.tiles = pick(1, 5);
-  t.members = pick(1, 6);
+  t.pooled_queries = pick(1, 6);
   t.scale = 0.3f;
   t.dtype = half ? sp::DType::bfloat16 : sp::DType::float32;
   std::normal_distribution<float> normal;
@@ -120,11 +120,11 @@ void test_screened_keys(std::mt19937& random, const char* level, bool half) {
     for (float& x : to) to16.push_back(narrow(normal(random))), x = widen(to16.back());
     return to;
   };
-  const std::vector<float> q = rows(t.heads * t.tiles * t.members, q16), k = rows(t.heads * t.tokens, k16);
+  const std::vector<float> q = rows(t.heads * t.tiles * t.pooled_queries, q16), k = rows(t.heads * t.tokens, k16);
   auto data = [&](const std::vector<float>& x, const std::vector<uint16_t>& x16) {
     return half ? static_cast<const void*>(x16.data()) : x.data();
   };
-  t.q = {data(q, q16), t.heads * t.tiles * t.members * t.width, t.tiles * t.members * t.width, t.width};
+  t.q = {data(q, q16), t.heads * t.tiles * t.pooled_queries * t.width, t.tiles * t.pooled_queries * t.width, t.width};
   t.k = {data(k, k16), t.heads * t.tokens * t.width, t.tokens * t.width, t.width};
   std::vector<float> weight(random() % 2 ? t.heads * patches : 0);
   for (float& w : weight) w = normal(random);
@@ -145,8 +145,8 @@ void test_screened_keys(std::mt19937& random, const char* level, bool half) {
   bool best = true;
   for (int64_t list = 0; list < t.heads * t.tiles; ++list) {
     std::vector<double> score(patches, -INFINITY);
-    for (int64_t m = 0; m < t.members; ++m) {
-      const float* query = q.data() + (list * t.members + m) * t.width;
+    for (int64_t m = 0; m < t.pooled_queries; ++m) {
+      const float* query = q.data() + (list * t.pooled_queries + m) * t.width;
       const auto key = [&](int64_t n) { return k.data() + (list / t.tiles * t.tokens + t.first + n) * t.width; };
       double sum = 0;
       for (int64_t n = 0; n < patches; ++n) {

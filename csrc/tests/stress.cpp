@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "sparsifiner.h"
+#include "core/sparsifiner.h"
 
 namespace sp = sparsifiner;
 
@@ -115,8 +115,8 @@ struct Inputs {
     p.heads = s.heads;
     p.tokens = s.tokens;
     p.width = s.width;
-    p.members = s.tokens > 1 ? 2 : 1;  // a tile is two neighbouring tokens
-    p.tiles = s.tokens / p.members;
+    p.pooled_queries = s.tokens > 1 ? 2 : 1;  // a tile is two neighbouring tokens
+    p.tiles = s.tokens / p.pooled_queries;
     p.first = s.prefix;
     p.count = (s.tokens - s.prefix + 1) / 2;
     p.dtype = dtype;
@@ -186,11 +186,11 @@ struct Inputs {
     const std::size_t words = static_cast<std::size_t>(heads * (patches + s.tokens) + lists() * s.pooled);
     Bytes out(2 * mean + 4 * words);
     char* at = reinterpret_cast<char*>(out.data());
-    int32_t* member = reinterpret_cast<int32_t*>(at + 2 * mean);
-    float* distance = reinterpret_cast<float*>(member + heads * patches);
-    sp::group_patches({s.batch, s.heads, s.width, 2, dtype, part(2), grid, member, at, distance}, threads);
-    sp::pool_groups(part(1), dtype, s.batch, s.heads, s.width, grid, member, at + mean, threads);
-    sp::log_counts(indices.data(), masked ? bias.data() : nullptr, lists(), s.kept, grid, member, s.tiles,
+    int32_t* assignment = reinterpret_cast<int32_t*>(at + 2 * mean);
+    float* distance = reinterpret_cast<float*>(assignment + heads * patches);
+    sp::group_patches({s.batch, s.heads, s.width, 2, dtype, part(2), grid, assignment, at, distance}, threads);
+    sp::pool_groups(part(1), dtype, s.batch, s.heads, s.width, grid, assignment, at + mean, threads);
+    sp::log_counts(indices.data(), masked ? bias.data() : nullptr, lists(), s.kept, grid, assignment, s.tiles,
                    distance + heads * s.tokens, threads);
     return out;
   }

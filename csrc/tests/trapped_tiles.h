@@ -1,6 +1,20 @@
 // Runs AMX instructions on CPUs without them: each is an illegal instruction there, and the handler of that signal
 // carries it out, decoded from its bytes after the encodings in Intel's Software Developer's Manual, volume 2.
-// For one thread at a time. Included inside an anonymous namespace, after amx_emulated_tiles.h.
+// For one thread at a time.
+#pragma once
+
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include <ucontext.h>
+
+#include "tests/amx_emulated_tiles.h"
+
+namespace sparsifiner {
+namespace {
 
 struct TrappedTiles {
   bool configured = false;
@@ -82,3 +96,6 @@ void trap_tiles() {
   action.sa_flags = SA_SIGINFO;
   sigaction(SIGILL, &action, nullptr);
 }
+
+}  // namespace
+}  // namespace sparsifiner

@@ -60,8 +60,8 @@ def level() -> str | None:
 def force_level(name: str) -> Iterator[None]:
     """Run the kernels with the instruction set ``name``, in all threads. For tests and comparisons.
 
-    Besides :func:`levels` there is ``amx_emulated``, on every machine: the ``amx`` kernels with each tile instruction
-    carried out by plain C++. It is slow and never chosen by itself; it shows what ``amx`` computes where there is none.
+    Modules built with ``SPARSIFINER_AMX_EMULATION`` have one more, ``amx_emulated``: the ``amx`` kernels with each tile
+    instruction carried out by plain C++. Slow and never chosen by itself; tests follow ``amx`` there on any machine.
 
     Raises:
         ValueError: if it is unknown or this machine does not have it.
