@@ -36,8 +36,8 @@ T* pointer(uintptr_t address) {
 
 using KeysShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-sp::TileKeys tile_keys(const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
-                       uintptr_t log2_weight, uintptr_t indices) {
+sp::TileKeys tile_keys(const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q,
+                       const RowsTuple& k, uintptr_t log2_weight, uintptr_t indices) {
   sp::TileKeys p;
   std::tie(p.batch, p.heads, p.tokens, p.width, p.tiles, p.pooled_queries, p.first, p.count) = shape;
   p.dtype = dtype(bfloat16);
@@ -101,16 +101,16 @@ NB_MODULE(_native, m) {
   m.def(
       "tile_keys",
       [](const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
-         uintptr_t log2_weight, uintptr_t indices, int threads) {
-        sp::tile_keys(tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), threads);
-      },
+         uintptr_t log2_weight, uintptr_t indices,
+         int threads) { sp::tile_keys(tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), threads); },
       release());
   m.def(
       "screened_keys",
       [](const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
          uintptr_t log2_weight, const Grid& grid, int64_t num_blocks, uintptr_t indices, int threads) {
-        sp::screened_keys({tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), block_grid(grid), num_blocks},
-                          threads);
+        sp::screened_keys(
+            {tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), block_grid(grid), num_blocks},
+            threads);
       },
       release());
   m.def(
@@ -129,9 +129,10 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "block_distances",
-      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, uintptr_t out,
-         int threads) {
-        sp::block_distances(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<float>(out), threads);
+      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid,
+         uintptr_t out, int threads) {
+        sp::block_distances(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<float>(out),
+                            threads);
       },
       release());
   m.def(
@@ -151,8 +152,8 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "group_patches",
-      [](const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16, const RowsTuple& x, const Grid& grid,
-         uintptr_t assignment, uintptr_t mean, uintptr_t distance, int threads) {
+      [](const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape, bool bfloat16, const RowsTuple& x,
+         const Grid& grid, uintptr_t assignment, uintptr_t mean, uintptr_t distance, int threads) {
         sp::PatchGroups p;
         std::tie(p.batch, p.heads, p.width, p.steps) = shape;
         p.dtype = dtype(bfloat16);
@@ -166,10 +167,10 @@ NB_MODULE(_native, m) {
       release());
   m.def(
       "pool_groups",
-      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid, uintptr_t assignment,
-         uintptr_t out, int threads) {
-        sp::pool_groups(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid), pointer<const int32_t>(assignment),
-                        pointer<void>(out), threads);
+      [](const RowsTuple& x, bool bfloat16, int64_t batch, int64_t heads, int64_t width, const Grid& grid,
+         uintptr_t assignment, uintptr_t out, int threads) {
+        sp::pool_groups(rows(x), dtype(bfloat16), batch, heads, width, block_grid(grid),
+                        pointer<const int32_t>(assignment), pointer<void>(out), threads);
       },
       release());
 }

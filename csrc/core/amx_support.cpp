@@ -102,7 +102,8 @@ std::string compare_kernels(const Kernels& tested, const Kernels& trusted) {
     for (const int queries : {5, 32}) {
       const Matrix q(random, queries, width), k(random, 301, width), v(random, 301, width);
       std::vector<float> bias(301);
-      for (std::size_t i = 0; i < bias.size(); ++i) bias[i] = i % 7 == 0 ? -INFINITY : 0.01f * static_cast<float>(i % 5);
+      for (std::size_t i = 0; i < bias.size(); ++i)
+        bias[i] = i % 7 == 0 ? -INFINITY : 0.01f * static_cast<float>(i % 5);
       const std::vector<uint16_t> got = attention(tested, q, k, v, bias), want = attention(trusted, q, k, v, bias);
       // Values of size 4 at most count here; weights and results of both are rounded to 8 bits.
       for (std::size_t i = 0; i < got.size(); ++i)
@@ -112,8 +113,8 @@ std::string compare_kernels(const Kernels& tested, const Kernels& trusted) {
       if (found.size() != expected.size()) return "its scores hold NaN";
       std::vector<int32_t> common;
       for (std::size_t i = 0; i < found.size(); i += 40)
-        std::set_intersection(found.begin() + i, found.begin() + i + 40, expected.begin() + i, expected.begin() + i + 40,
-                              std::back_inserter(common));
+        std::set_intersection(found.begin() + i, found.begin() + i + 40, expected.begin() + i,
+                              expected.begin() + i + 40, std::back_inserter(common));
       if (common.size() * 50 < found.size() * 49) return "it selects wrong keys";
     }
   return "";

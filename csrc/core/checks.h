@@ -12,8 +12,8 @@ inline int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 
 
 inline void check_width(int64_t width) {
   if (width < 16 || width > kMaxWidth || width % 16 != 0)
-    throw std::invalid_argument("head width must be a multiple of 16 from 16 to " + std::to_string(kMaxWidth) + ", got " +
-                                std::to_string(width));
+    throw std::invalid_argument("head width must be a multiple of 16 from 16 to " + std::to_string(kMaxWidth) +
+                                ", got " + std::to_string(width));
 }
 
 // ``what`` ends with the verb: "row 3 of the scores holds".

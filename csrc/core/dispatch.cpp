@@ -51,19 +51,20 @@ std::string cpu_lacks(Level level) {
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this CPU has no AVX2 with FMA";
     case Level::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && cpu_lacks(Level::avx2).empty()
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                     cpu_lacks(Level::avx2).empty()
                  ? ""
                  : "this CPU has no AVX-512 F, BW, DQ and VL";
     case Level::avx512bf16:
-      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && cpu_lacks(Level::avx512).empty()
+      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                     cpu_lacks(Level::avx512).empty()
                  ? ""
                  : "this CPU has no AVX-512 with products of bfloat16 and of bytes (BF16, VNNI)";
     case Level::amx: {
       const std::string missing = cpu_lacks(Level::avx512bf16);
       return missing.empty() ? why_no_tiles() : missing;
     }
-    default:
-      return "";
+    default: return "";
   }
 }
 #else

@@ -29,23 +29,23 @@ struct ScoreTask {
   int width, tiles, pooled_queries;  // pooled queries per tile
   int64_t candidates;
   float scale;
-  bool sum;                 // merge the pooled queries' probabilities by sum instead of max
-  const float* log2_weight; // added to the candidates' log2 probabilities, or null
-  const float* spread;      // candidates are means of keys: mean square distance of those from it per element, or null
-  const void* packed_keys;  // panels of `panel_keys` keys from pack_keys
-  const void* const* q;     // [tiles * pooled_queries], at most kMaxScoreQueries
-  int64_t count;            // keys to select
-  int32_t offset;           // added to the selected candidates' numbers
-  int32_t* indices;         // [tiles][out_stride]
+  bool sum;                  // merge the pooled queries' probabilities by sum instead of max
+  const float* log2_weight;  // added to the candidates' log2 probabilities, or null
+  const float* spread;       // candidates are means of keys: mean square distance of those from it per element, or null
+  const void* packed_keys;   // panels of `panel_keys` keys from pack_keys
+  const void* const* q;      // [tiles * pooled_queries], at most kMaxScoreQueries
+  int64_t count;             // keys to select
+  int32_t offset;            // added to the selected candidates' numbers
+  int32_t* indices;          // [tiles][out_stride]
   int64_t out_stride;
 };
 
-// One tile that scores the keys of some blocks of kBlockKeys keys only: `candidates` counts all slots of these blocks, and
-// indices are numbers of slots.
+// One tile that scores the keys of some blocks of kBlockKeys keys only: `candidates` counts all slots of these blocks,
+// and indices are numbers of slots.
 struct BlockScoreTask {
-  ScoreTask score;          // packed_keys: from pack_block, for all blocks of the head; no log2_weight, no spread
-  const int32_t* blocks;    // [candidates / kBlockKeys]
-  const float* log2_weight; // [all blocks][kBlockKeys], -inf where a block has no key
+  ScoreTask score;           // packed_keys: from pack_block, for all blocks of the head; no log2_weight, no spread
+  const int32_t* blocks;     // [candidates / kBlockKeys]
+  const float* log2_weight;  // [all blocks][kBlockKeys], -inf where a block has no key
 };
 
 struct GroupTask {
@@ -60,11 +60,11 @@ struct GroupTask {
 struct NearestTask {
   DType dtype;
   int width, count, candidates;
-  const void* const* rows;      // [count]
-  const float* const* means;    // [candidates], each [width]
-  const float* half_squares;    // [candidates]: |mean|^2 / 2
-  float* const* sums;           // [candidates], each [width]
-  int32_t* nearest;             // [count]: number of the nearest candidate, the first of equally near ones
+  const void* const* rows;    // [count]
+  const float* const* means;  // [candidates], each [width]
+  const float* half_squares;  // [candidates]: |mean|^2 / 2
+  float* const* sums;         // [candidates], each [width]
+  int32_t* nearest;           // [count]: number of the nearest candidate, the first of equally near ones
 };
 
 constexpr int kMaxScoreQueries = 256;
@@ -75,17 +75,18 @@ struct Kernels {
   std::size_t (*attend_scratch)(const TileTask& task);
   void (*attend)(const TileTask& task, void* scratch);
   // Returns false if a score is NaN. `scratch` holds `topk_scratch(columns)` bytes.
-  bool (*topk)(const void* scores, DType dtype, int64_t columns, int64_t k, int32_t offset, int32_t* indices, void* scratch);
+  bool (*topk)(const void* scores, DType dtype, int64_t columns, int64_t k, int32_t offset, int32_t* indices,
+               void* scratch);
   // sum[0:width] += row[0:width] for `rows` rows `stride` elements apart, then out = sum * factor.
   void (*add_rows)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, float* sum);
   void (*store_row)(const float* sum, float factor, int64_t width, DType dtype, void* out);
   int panel_keys;
-  int score_queries;  // pooled queries that `score` multiplies with a block of keys at once
+  int score_queries;                         // pooled queries that `score` multiplies with a block of keys at once
   int (*key_words)(DType dtype, int width);  // 32-bit words of a packed key
   void (*pack_keys)(const void* const* rows, DType dtype, int count, int width, void* packed);
   std::size_t (*score_scratch)(const ScoreTask& task);
   bool (*score)(const ScoreTask& task, void* scratch);  // false if a score is NaN
-  int (*block_words)(DType dtype, int width);  // 32-bit words of a key packed by pack_block
+  int (*block_words)(DType dtype, int width);           // 32-bit words of a key packed by pack_block
   void (*pack_block)(const void* const* rows, DType dtype, int width, void* packed, void* mean, float* spread);
   std::size_t (*score_blocks_scratch)(const BlockScoreTask& task);
   bool (*score_blocks)(const BlockScoreTask& task, void* scratch);  // false if a score is NaN
@@ -94,7 +95,8 @@ struct Kernels {
   std::size_t (*nearest_scratch)(const NearestTask& task);
   void (*nearest)(const NearestTask& task, void* scratch);
   float (*half_square)(const float* row, int width);  // |row|^2 / 2
-  void (*distances)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean, float* out);
+  void (*distances)(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean,
+                    float* out);
 };
 
 inline std::size_t topk_scratch(int64_t columns) { return static_cast<std::size_t>(columns + 64) * 8; }

@@ -40,12 +40,12 @@ struct Attention {
   DType dtype;
   float scale;
   Rows q, k, v;
-  const int32_t* tile_tokens;          // [T, S], -1 where a tile has no query
-  const int32_t* indices;              // [B, H, T, K]
-  const float* bias = nullptr;         // [B, H, T, K] or null
-  Rows tail_k, tail_v;                 // P rows per batch and head
-  const float* tail_bias = nullptr;    // [B, H, T, P]
-  void* out;                           // [B, N, H, D]
+  const int32_t* tile_tokens;        // [T, S], -1 where a tile has no query
+  const int32_t* indices;            // [B, H, T, K]
+  const float* bias = nullptr;       // [B, H, T, K] or null
+  Rows tail_k, tail_v;               // P rows per batch and head
+  const float* tail_bias = nullptr;  // [B, H, T, P]
+  void* out;                         // [B, N, H, D]
 };
 void attend(const Attention& problem, int threads);
 
@@ -64,10 +64,10 @@ struct TileKeys {
   DType dtype;
   float scale;
   bool sum;
-  Rows q;                  // pooled queries, T * pooled_queries rows per batch and head
-  Rows k;                  // N rows
+  Rows q;                              // pooled queries, T * pooled_queries rows per batch and head
+  Rows k;                              // N rows
   const float* log2_weight = nullptr;  // [B, H, N - first]: added to the log2 probabilities, or null
-  int32_t* indices;        // [B, H, T, first + count]: tokens below `first`, then the selected ones, ascending
+  int32_t* indices;  // [B, H, T, first + count]: tokens below `first`, then the selected ones, ascending
 };
 void tile_keys(const TileKeys& problem, int threads);
 
@@ -127,8 +127,8 @@ struct PatchGroups {
   Rows x;
   BlockGrid grid;
   int32_t* assignment;  // [B, H, rows * columns]
-  void* mean;       // [B, H, P, D]
-  float* distance;  // [B, H, N]: of each row from the mean of its group; of prefix rows, their norm
+  void* mean;           // [B, H, P, D]
+  float* distance;      // [B, H, N]: of each row from the mean of its group; of prefix rows, their norm
 };
 void group_patches(const PatchGroups& problem, int threads);
 

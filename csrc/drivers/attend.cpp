@@ -1,8 +1,8 @@
 // Splits an attention problem into tiles, each of which a thread hands to the kernel of the active level.
 //
-// Keys and values are copied first, a few heads at a time: where the model left them, rows of one head lie a multiple of
-// 256 bytes apart and evict each other from the first-level cache. Each row is read by many tiles (25 at 4,096 tokens
-// and keep 0.1), so the copy, a read and a write of each, pays for itself.
+// Keys and values are copied first, a few heads at a time: where the model left them, rows of one head lie a multiple
+// of 256 bytes apart and evict each other from the first-level cache. Each row is read by many tiles (25 at 4,096
+// tokens and keep 0.1), so the copy, a read and a write of each, pays for itself.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -12,8 +12,8 @@
 #include "core/bump_allocator.h"
 #include "core/checks.h"
 #include "core/kernel_table.h"
-#include "core/shared_buffer.h"
 #include "core/parallel.h"
+#include "core/shared_buffer.h"
 #include "core/sparsifiner.h"
 
 namespace sparsifiner {
@@ -37,7 +37,8 @@ void check(const Attention& p) {
 
 const char* row(const Rows& rows, std::size_t element, int64_t batch, int64_t head, int64_t token) {
   return static_cast<const char*>(rows.data) +
-         element * static_cast<std::size_t>(batch * rows.batch_stride + head * rows.head_stride + token * rows.token_stride);
+         element *
+             static_cast<std::size_t>(batch * rows.batch_stride + head * rows.head_stride + token * rows.token_stride);
 }
 
 struct Lists {
@@ -79,8 +80,10 @@ class Driver {
     const SharedBuffer rows = allocate(heads_per_part * head_bytes);
     rows_ = rows.get();
     for (first_head_ = 0; first_head_ < heads; first_head_ += heads_per_part) {
-      const int64_t count = std::min(heads_per_part, heads - first_head_), blocks = (s_.tokens + kCopiedRows - 1) / kCopiedRows;
-      parallel_for(count * blocks, threads, [&](int64_t item) { copy_rows(item / blocks, item % blocks * kCopiedRows); });
+      const int64_t count = std::min(heads_per_part, heads - first_head_),
+                    blocks = (s_.tokens + kCopiedRows - 1) / kCopiedRows;
+      parallel_for(count * blocks, threads,
+                   [&](int64_t item) { copy_rows(item / blocks, item % blocks * kCopiedRows); });
       // The dense rows of the prefix tokens are the largest items, so they are handed out first.
       const int64_t dense = s_.prefix > 0 ? count : 0;
       parallel_for(dense + count * s_.tiles, threads, [&](int64_t item) {
@@ -189,7 +192,7 @@ class Driver {
   const AttentionShape& s_;
   const Kernels& kernels_;
   std::size_t element_, row_bytes_;
-  char* rows_ = nullptr;     // [heads that are copied][N][key, value][D]
+  char* rows_ = nullptr;    // [heads that are copied][N][key, value][D]
   int64_t first_head_ = 0;  // the first of them, counted over all images
 };
 

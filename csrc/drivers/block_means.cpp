@@ -28,8 +28,8 @@ void pool_blocks(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64
         for (int64_t y = top; y < bottom; ++y) {
           const int64_t token = grid.prefix + y * grid.columns + left;
           const int64_t offset = b * x.batch_stride + head * x.head_stride + token * x.token_stride;
-          kernel.add_rows(static_cast<const char*>(x.data) + element * offset, dtype, right - left,
-                          x.token_stride, width, sum);
+          kernel.add_rows(static_cast<const char*>(x.data) + element * offset, dtype, right - left, x.token_stride,
+                          width, sum);
         }
         const int64_t row = (b * heads + head) * grid.blocks() + by * grid.horizontal() + bx;
         kernel.store_row(sum, mean, width, dtype, static_cast<char*>(out) + element * row * width);
@@ -59,13 +59,14 @@ void block_distances(const Rows& x, DType dtype, int64_t batch, int64_t heads, i
       float mean[kMaxWidth] = {};
       for (int64_t y = top; y < bottom; ++y) {
         const int64_t token = grid.prefix + y * grid.columns + left;
-        kernel.add_rows(from + element_size(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width, mean);
+        kernel.add_rows(from + element_size(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width,
+                        mean);
       }
       for (int64_t d = 0; d < width; ++d) mean[d] /= static_cast<float>((bottom - top) * (right - left));
       for (int64_t y = top; y < bottom; ++y) {
         const int64_t token = grid.prefix + y * grid.columns + left;
-        kernel.distances(from + element_size(dtype) * token * x.token_stride, dtype, right - left, x.token_stride, width, mean,
-                         to + token);
+        kernel.distances(from + element_size(dtype) * token * x.token_stride, dtype, right - left, x.token_stride,
+                         width, mean, to + token);
       }
     }
   });

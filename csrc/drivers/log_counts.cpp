@@ -22,7 +22,8 @@ void log_counts(const int32_t* indices, const float* bias, int64_t rows, int64_t
   for (int64_t list = 0; list < lists; ++list)
     for (int64_t patch = 0; patch < patches; ++patch) {
       const int32_t group = assignment == nullptr ? block[grid.prefix + patch] : assignment[list * patches + patch];
-      if (group < 0 || group >= blocks) throw std::out_of_range("groups must lie in [0, " + std::to_string(blocks) + ")");
+      if (group < 0 || group >= blocks)
+        throw std::out_of_range("groups must lie in [0, " + std::to_string(blocks) + ")");
       ++sizes[list * (blocks + 1) + group];
     }
   std::vector<float> log_of(*std::max_element(sizes.begin(), sizes.end()) + 1);

@@ -6,8 +6,8 @@
 
 #include "core/checks.h"
 #include "core/kernel_table.h"
-#include "core/shared_buffer.h"
 #include "core/parallel.h"
+#include "core/shared_buffer.h"
 #include "core/sparsifiner.h"
 #include "drivers/block_grid.h"
 
@@ -43,7 +43,9 @@ class PartialSums {
   };
 
   explicit PartialSums(const Input& in)
-      : in_(in), slots_(3 * in.grid.horizontal()), parts_(in.batch * in.heads * in.grid.vertical()),
+      : in_(in),
+        slots_(3 * in.grid.horizontal()),
+        parts_(in.batch * in.heads * in.grid.vertical()),
         memory_(allocate(parts_ * slots_ * (in.width + 1) * static_cast<int64_t>(sizeof(float)))) {}
 
   // Number of the first group in a part of this band; before the first band there are none, and they stay empty.
@@ -106,7 +108,8 @@ void add_patches(const Input& in, const int32_t* assignment, const PartialSums& 
           throw std::out_of_range("member: patch " + std::to_string(patch) + " is in group " + std::to_string(group) +
                                   ", which is none of those around its block");
         const PartialSums::Part part = sums.part(b, head, band);
-        kernel.add_rows(in.row(b, head, grid.prefix + patch), in.dtype, 1, 0, in.width, part.sum + (group - first) * in.width);
+        kernel.add_rows(in.row(b, head, grid.prefix + patch), in.dtype, 1, 0, in.width,
+                        part.sum + (group - first) * in.width);
         ++part.count[group - first];
       }
   });
@@ -131,7 +134,8 @@ void join_nearest(const Input& in, int64_t b, int64_t head, int64_t by, int64_t 
     for (int64_t x = left; x < right; ++x) {
       const int64_t token = grid.prefix + y * grid.columns + x;
       rows.push_back(in.row(b, head, token));
-      in.fetch(head + 1 < in.heads ? in.row(b, head + 1, token) : in.row(b, 0, std::min(last, token + grid.block_columns)));
+      in.fetch(head + 1 < in.heads ? in.row(b, head + 1, token)
+                                   : in.row(b, 0, std::min(last, token + grid.block_columns)));
     }
   nearest.resize(rows.size());
   const PartialSums::Part part = sums.part(b, head, by);
@@ -148,8 +152,15 @@ void join_nearest(const Input& in, int64_t b, int64_t head, int64_t by, int64_t 
       next_sums[count] = part.sum + (number - sums.first_group(by)) * in.width;
       candidates[count++] = means.mean + row * in.width;
     }
-  const NearestTask task{in.dtype, static_cast<int>(in.width), static_cast<int>(rows.size()), count, rows.data(), candidates,
-                         half_squares, next_sums, nearest.data()};
+  const NearestTask task{in.dtype,
+                         static_cast<int>(in.width),
+                         static_cast<int>(rows.size()),
+                         count,
+                         rows.data(),
+                         candidates,
+                         half_squares,
+                         next_sums,
+                         nearest.data()};
   kernel.nearest(task, scratch(kernel.nearest_scratch(task)));
   const int32_t* next = nearest.data();
   for (int64_t y = by * grid.block_rows; y < grid.end_of_band(by); ++y)
@@ -167,7 +178,8 @@ void group_patches(const PatchGroups& p, int threads) {
   const Input in{p.x, p.dtype, p.batch, p.heads, p.width, p.grid};
   const Kernels& kernel = kernels();
   const BlockGrid& grid = p.grid;
-  const int64_t blocks = grid.blocks(), patches = in.patches(), tokens = grid.prefix + patches, lists = p.batch * p.heads;
+  const int64_t blocks = grid.blocks(), patches = in.patches(), tokens = grid.prefix + patches,
+                lists = p.batch * p.heads;
   const PartialSums sums(in);
   const SharedBuffer memory = allocate(lists * blocks * (p.width + 1) * static_cast<int64_t>(sizeof(float)));
   Means means{reinterpret_cast<float*>(memory.get()), nullptr};
@@ -204,7 +216,8 @@ void group_patches(const PatchGroups& p, int threads) {
     for (int64_t token = first; token < end; ++token)
       for (int64_t head = 0; head < p.heads; ++head) {
         const int64_t list = b * p.heads + head;
-        const float* mean = prefix ? zero : means.mean + (list * blocks + p.assignment[list * patches + token - grid.prefix]) * p.width;
+        const float* mean =
+            prefix ? zero : means.mean + (list * blocks + p.assignment[list * patches + token - grid.prefix]) * p.width;
         kernel.distances(in.row(b, head, token), p.dtype, 1, 0, p.width, mean, p.distance + list * tokens + token);
       }
   });

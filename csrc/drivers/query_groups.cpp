@@ -14,9 +14,11 @@ void group_queries(const TileGroups& p, int threads) {
   check_width(p.width);
   for (int64_t i = 0; i < p.tiles * p.tile_size; ++i)
     if (p.tile_tokens[i] >= p.tokens || (i % p.tile_size == 0 && p.tile_tokens[i] < 0))
-      throw std::out_of_range("tile tokens must lie in [0, " + std::to_string(p.tokens) + "), the first of a tile always");
+      throw std::out_of_range("tile tokens must lie in [0, " + std::to_string(p.tokens) +
+                              "), the first of a tile always");
   for (int64_t s = 0; s < p.tile_size; ++s)
-    if (p.group_of[s] < 0 || p.group_of[s] >= p.groups) throw std::out_of_range("group numbers must lie in [0, groups)");
+    if (p.group_of[s] < 0 || p.group_of[s] >= p.groups)
+      throw std::out_of_range("group numbers must lie in [0, groups)");
   const Kernels& kernel = kernels();
   const int64_t element = element_size(p.dtype);
   parallel_for(p.batch * p.heads * p.tiles, threads, [&](int64_t item) {

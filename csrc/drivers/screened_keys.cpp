@@ -40,11 +40,11 @@ std::vector<int32_t> patches_of_blocks(const BlockGrid& grid) {
 
 // The keys of all blocks of one head and what is known of each block.
 struct Head {
-  char* means;    // packed by pack_keys
-  char* keys;     // packed by pack_block
-  float* weight;  // [blocks][kBlockKeys], -inf where a block sticks out
-  float* highest; // [blocks]: of these weights
-  float* spread;  // [blocks]
+  char* means;     // packed by pack_keys
+  char* keys;      // packed by pack_block
+  float* weight;   // [blocks][kBlockKeys], -inf where a block sticks out
+  float* highest;  // [blocks]: of these weights
+  float* spread;   // [blocks]
 };
 
 // Packs `count` blocks from `first` and the means of their keys.
@@ -52,7 +52,8 @@ void pack_blocks(const ScreenedKeys& p, const Kernels& kernel, const int32_t* pa
                  int64_t count, const Head& to) {
   const TileKeys& t = p.tiles;
   const int width = static_cast<int>(t.width);
-  const int64_t mean_bytes = element_size(t.dtype) * t.width, block_bytes = kernel.block_words(t.dtype, width) * kBlockKeys * 4;
+  const int64_t mean_bytes = element_size(t.dtype) * t.width,
+                block_bytes = kernel.block_words(t.dtype, width) * kBlockKeys * 4;
   const float* log2_weight = t.log2_weight ? t.log2_weight + head * (t.tokens - t.first) : nullptr;
   alignas(64) char mean[kMaxPanelKeys * kMaxWidth * 4];
   const void* means[kMaxPanelKeys];
@@ -81,12 +82,13 @@ void pack_blocks(const ScreenedKeys& p, const Kernels& kernel, const int32_t* pa
 
 // Replaces slots of blocks by tokens, ascending. `bitmap` has a bit for every patch.
 void slots_to_tokens(const ScreenedKeys& p, const int32_t* patches, const int32_t* blocks, uint64_t* bitmap,
-                      int32_t* indices) {
+                     int32_t* indices) {
   const int64_t words = (p.grid.rows * p.grid.columns + 63) / 64;
   std::fill(bitmap, bitmap + words, 0);
   for (int64_t i = 0; i < p.tiles.count; ++i) {
     const uint32_t slot = static_cast<uint32_t>(indices[i]);
-    const uint32_t patch = static_cast<uint32_t>(patches[blocks[slot / kBlockKeys] * kBlockKeys + static_cast<int>(slot % kBlockKeys)]);
+    const uint32_t patch =
+        static_cast<uint32_t>(patches[blocks[slot / kBlockKeys] * kBlockKeys + static_cast<int>(slot % kBlockKeys)]);
     bitmap[patch / 64] |= uint64_t{1} << patch % 64;
   }
   for (int64_t word = 0; word < words; ++word)
@@ -151,7 +153,7 @@ void screened_keys(const ScreenedKeys& p, int threads) {
       second.score.indices = all_keys.indices + tile * all_keys.out_stride;
       if (!kernel.score_blocks(second, memory + list_bytes + bit_bytes)) throw not_a_number(start + tile);
       slots_to_tokens(p, patches.data(), second.blocks, reinterpret_cast<uint64_t*>(memory + list_bytes),
-                       second.score.indices);
+                      second.score.indices);
     }
   });
 }

@@ -17,7 +17,8 @@ inline void check(const TileKeys& p) {
   if (p.pooled_queries < 1 || p.pooled_queries > kMaxScoreQueries)
     throw std::invalid_argument("a tile must have 1 to 256 pooled queries, got " + std::to_string(p.pooled_queries));
   if (p.count < 1 || p.count > candidates)
-    throw std::invalid_argument("cannot select " + std::to_string(p.count) + " of " + std::to_string(candidates) + " keys");
+    throw std::invalid_argument("cannot select " + std::to_string(p.count) + " of " + std::to_string(candidates) +
+                                " keys");
 }
 
 // Token `token` of head `head`, counted over all images.
@@ -27,8 +28,8 @@ inline const char* row(const TileKeys& p, const Rows& rows, int64_t head, int64_
              (head / p.heads * rows.batch_stride + head % p.heads * rows.head_stride + token * rows.token_stride);
 }
 
-// Number of tiles that are scored in one task, so that their logits for `columns` keys stay in the second-level cache. Whole
-// batches of queries where that is possible: one that is not full costs as much as one that is.
+// Number of tiles that are scored in one task, so that their logits for `columns` keys stay in the second-level cache.
+// Whole batches of queries where that is possible: one that is not full costs as much as one that is.
 inline int64_t tiles_per_task(const Kernels& kernel, const TileKeys& p, int64_t columns) {
   constexpr int64_t logit_bytes = 384 * 1024;
   const int64_t batch = (kernel.score_queries + p.pooled_queries - 1) / p.pooled_queries;

@@ -14,8 +14,8 @@ namespace sparsifiner {
 void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t k,
           int32_t* indices, int64_t out_stride, int32_t offset, int threads) {
   if (k < 0 || k > columns)
-    throw std::invalid_argument("top-k of " + std::to_string(columns) + " columns needs 0 <= k <= " +
-                                std::to_string(columns) + ", got " + std::to_string(k));
+    throw std::invalid_argument("top-k of " + std::to_string(columns) +
+                                " columns needs 0 <= k <= " + std::to_string(columns) + ", got " + std::to_string(k));
   if (columns + static_cast<int64_t>(offset) > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("too many columns for 32-bit indices");
   if (k == 0) return;

@@ -54,8 +54,8 @@ inline void unroll(Body&& body) {
 // c = a b, or c += a b: M x N tiles of c, `steps` tiles along the common side. Strides count words.
 // Four sums are in flight where M * N = 4, enough to hide the latency of a product behind the others.
 template <class Tiles, int M, int N, bool add>
-inline void multiply_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int steps, float* c,
-                           int64_t c_stride) {
+inline void multiply_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int steps,
+                           float* c, int64_t c_stride) {
   static_assert(M * N <= 4 && (N <= 2 || M == 1), "registers: 4 for c, 2 each for a and b");
   unroll<M * N>([&](auto t) {
     constexpr int tile = decltype(t)::value;
@@ -152,15 +152,19 @@ inline void attend_group_in_tiles(const TileTask& t, int first, int count, const
     for (int i = 0; i < NV; ++i)
       for (int d = 0; d < t.width; d += 4 * kTileSide) {
         const auto add = [&](auto tiles) {
-          multiply_tiles<Tiles, 1, decltype(tiles)::value, true>(left + i * L * (kTileChunk / 2), kTileChunk / 2, b.v + d,
-                                                                 t.width, padded_pairs / kTileSide,
+          multiply_tiles<Tiles, 1, decltype(tiles)::value, true>(left + i * L * (kTileChunk / 2), kTileChunk / 2,
+                                                                 b.v + d, t.width, padded_pairs / kTileSide,
                                                                  b.out + i * L * t.width + d, t.width);
         };
         const int tiles = (t.width - d) / kTileSide;
-        if (tiles >= 4) add(Constant<4>{});
-        else if (tiles == 3) add(Constant<3>{});
-        else if (tiles == 2) add(Constant<2>{});
-        else add(Constant<1>{});
+        if (tiles >= 4)
+          add(Constant<4>{});
+        else if (tiles == 3)
+          add(Constant<3>{});
+        else if (tiles == 2)
+          add(Constant<2>{});
+        else
+          add(Constant<1>{});
       }
   }
   for (int lane = 0; lane < count; ++lane) store_query(t, first + lane, b.out + lane * t.width, b.sum[lane], b.row);
@@ -220,7 +224,8 @@ inline bool score_in_tiles(const ScoreTask& t, void* memory) {
   const int queries = t.tiles * t.pooled_queries, padded = round_to_tile(queries), words = tile_words(t.width);
   uint32_t rounded[64];
   for (int j = 0; j < padded; ++j)
-    copy_padded(row_of_pairs(t.q[j < queries ? j : queries - 1], t.dtype, t.width, rounded), t.width, b.rows + j * words);
+    copy_padded(row_of_pairs(t.q[j < queries ? j : queries - 1], t.dtype, t.width, rounded), t.width,
+                b.rows + j * words);
   const uint32_t* packed = static_cast<const uint32_t*>(t.packed_keys);
   {
     const TileScope<Tiles> scope;
@@ -235,7 +240,8 @@ inline bool score_in_tiles(const ScoreTask& t, void* memory) {
       }
   }
   const auto factor = V::set(t.scale * 1.44269504088896341f);
-  for (int64_t i = 0; i < queries * b.columns; i += V::lanes) V::store(b.logits + i, V::mul(V::load(b.logits + i), factor));
+  for (int64_t i = 0; i < queries * b.columns; i += V::lanes)
+    V::store(b.logits + i, V::mul(V::load(b.logits + i), factor));
   return select_from_logits<V, true, C>(t, b);
 }
 

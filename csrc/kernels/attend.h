@@ -297,7 +297,8 @@ inline void attend_group(const TileTask& t, int first, int count, const Buffers&
       rows = (size + 1) / 2;
       for (int j = 0; j < rows; ++j) {
         v[j] = b.v + j * t.width;
-        V::pair_rows(t.v[start + 2 * j], 2 * j + 1 < size ? t.v[start + 2 * j + 1] : nullptr, b.v + j * t.width, t.width);
+        V::pair_rows(t.v[start + 2 * j], 2 * j + 1 < size ? t.v[start + 2 * j + 1] : nullptr, b.v + j * t.width,
+                     t.width);
       }
     }
     const uint32_t* weights = mode == Mode::dot ? b.weights : reinterpret_cast<const uint32_t*>(b.logits);

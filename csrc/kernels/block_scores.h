@@ -13,7 +13,9 @@ namespace sparsifiner {
 namespace {
 
 template <Mode mode>
-inline int block_words(DType, int width) { return mode == Mode::dot ? width / 2 : width; }
+inline int block_words(DType, int width) {
+  return mode == Mode::dot ? width / 2 : width;
+}
 
 inline void interleave(const uint32_t* __restrict a, const uint32_t* __restrict b, const uint32_t* __restrict c,
                        const uint32_t* __restrict d, int count, uint32_t* __restrict to) {
@@ -26,8 +28,8 @@ inline void interleave(const uint32_t* __restrict a, const uint32_t* __restrict 
   }
 }
 
-// packed[words][kBlockKeys] from kBlockKeys rows, some of which may be null: zeros. Also the mean of those that are there, and
-// its mean square distance from them per element.
+// packed[words][kBlockKeys] from kBlockKeys rows, some of which may be null: zeros. Also the mean of those that are
+// there, and its mean square distance from them per element.
 template <Mode mode>
 inline void pack_block(const void* const* rows, DType dtype, int width, void* packed, void* mean, float* spread) {
   float values[kBlockKeys][kMaxWidth], middle[kMaxWidth], square[kMaxWidth];
@@ -65,11 +67,11 @@ inline void pack_block(const void* const* rows, DType dtype, int width, void* pa
   interleave(words[0], words[1], words[2], words[3], block_words<mode>(dtype, width), static_cast<uint32_t*>(packed));
 }
 
-// logits[j][keys] = scale * q[j] . k for NQ queries and the keys of as many blocks as NV vectors hold, rows `stride` apart.
-// `words` is a multiple of kBlockKeys: as many words at a time make whole cache lines.
+// logits[j][keys] = scale * q[j] . k for NQ queries and the keys of as many blocks as NV vectors hold, rows `stride`
+// apart. `words` is a multiple of kBlockKeys: as many words at a time make whole cache lines.
 template <class V, Mode mode, int NV, int NQ>
-inline void logits_of_blocks(const uint32_t* const* blocks, int words, const uint32_t* const* q, float scale, float* logits,
-                            int64_t stride) {
+inline void logits_of_blocks(const uint32_t* const* blocks, int words, const uint32_t* const* q, float scale,
+                             float* logits, int64_t stride) {
   using F = typename V::F;
   constexpr int L = V::lanes, each = L / kBlockKeys;
   F sum[NQ][NV];
@@ -95,7 +97,8 @@ inline void logits_of_blocks(const uint32_t* const* blocks, int words, const uin
     for (int i = 0; i < NV; ++i) V::store(logits + j * stride + i * L, V::mul(sum[j][i], factor));
 }
 
-constexpr int kBlockScoreQueries = 4;  // pooled queries multiplied with a block at once: as many as a tile has by default
+constexpr int kBlockScoreQueries =
+    4;  // pooled queries multiplied with a block at once: as many as a tile has by default
 
 template <class V>
 inline std::size_t score_blocks_scratch(const BlockScoreTask& task) {
@@ -126,7 +129,7 @@ inline bool score_blocks(const BlockScoreTask& task, void* memory) {
     }
     for (int j = 0; j < padded; j += NQ)
       logits_of_blocks<V, mode, NV, NQ>(blocks, words, rows + j, t.scale * 1.44269504088896341f,
-                                       b.logits + j * b.columns + first * kBlockKeys, b.columns);
+                                        b.logits + j * b.columns + first * kBlockKeys, b.columns);
   }
   bool gaps = false;  // slots without a key
   for (int64_t c = 0; c < t.candidates; ++c) {

@@ -15,36 +15,42 @@ namespace {
 
 // A number of rows, padded to full vectors.
 template <class V>
-inline int round_up_to_lanes(int count) { return (count + V::lanes - 1) / V::lanes * V::lanes; }
+inline int round_up_to_lanes(int count) {
+  return (count + V::lanes - 1) / V::lanes * V::lanes;
+}
 
 // What it takes to find the nearest of G centroids for S rows.
 struct NearestBuffers {
-  const float** rows;      // [padded S], each [D]; those beyond S repeat the first
-  float* wide;             // [S][D], rows that were not float32
-  float* lanes;            // [D][padded S]
-  const float** centroids;   // [padded G], each [D]
-  float* half_squares;     // [padded G]: |centroid|^2 / 2
-  float* nearness;         // [padded G][padded S]
-  float* top;              // [padded S]
-  int32_t* assignment;         // [padded S]
+  const float** rows;       // [padded S], each [D]; those beyond S repeat the first
+  float* wide;              // [S][D], rows that were not float32
+  float* lanes;             // [D][padded S]
+  const float** centroids;  // [padded G], each [D]
+  float* half_squares;      // [padded G]: |centroid|^2 / 2
+  float* nearness;          // [padded G][padded S]
+  float* top;               // [padded S]
+  int32_t* assignment;      // [padded S]
 };
 
 struct GroupBuffers {
   NearestBuffers nearest;
-  float* centroid;   // [G][D]
-  float* sum;      // [G][D]
-  int32_t* count;  // [G]
+  float* centroid;  // [G][D]
+  float* sum;       // [G][D]
+  int32_t* count;   // [G]
 };
 
 // Centroids that are measured together, so that the products of one need not wait for each other: the 2x2 groups of a
 // tile's queries, or a block and those around it.
 inline int centroid_batch(int count) { return count <= 4 ? 4 : 9; }
-inline int round_up_to_batch(int count) { return (count + centroid_batch(count) - 1) / centroid_batch(count) * centroid_batch(count); }
+inline int round_up_to_batch(int count) {
+  return (count + centroid_batch(count) - 1) / centroid_batch(count) * centroid_batch(count);
+}
 
 template <class V>
 inline void allocate_nearest(BumpAllocator& allocator, int count, int width, int centroids, NearestBuffers* b) {
-  const std::size_t rows = static_cast<std::size_t>(count), padded = static_cast<std::size_t>(round_up_to_lanes<V>(count));
-  const std::size_t w = static_cast<std::size_t>(width), groups = static_cast<std::size_t>(round_up_to_batch(centroids));
+  const std::size_t rows = static_cast<std::size_t>(count),
+                    padded = static_cast<std::size_t>(round_up_to_lanes<V>(count));
+  const std::size_t w = static_cast<std::size_t>(width),
+                    groups = static_cast<std::size_t>(round_up_to_batch(centroids));
   b->rows = allocator.allocate<const float*>(padded);
   b->wide = allocator.allocate<float>(rows * w);
   b->lanes = allocator.allocate<float>(w * padded);
@@ -103,8 +109,8 @@ inline void load_rows(const void* const* from, DType dtype, int count, int width
     }
   }
   for (int s = 0; s < padded; s += V::lanes)
-    transpose_rows<V>(reinterpret_cast<const uint32_t* const*>(b.rows + s), width, reinterpret_cast<uint32_t*>(b.lanes) + s,
-                      padded);
+    transpose_rows<V>(reinterpret_cast<const uint32_t* const*>(b.rows + s), width,
+                      reinterpret_cast<uint32_t*>(b.lanes) + s, padded);
 }
 
 // |a - b|^2 of rows of a multiple of 16 elements; one running sum would wait for each addition.
@@ -183,7 +189,8 @@ inline void group_tile(const GroupTask& t, void* memory) {
   }
   const std::size_t row = static_cast<std::size_t>(t.width) * (t.dtype == DType::float32 ? 4 : 2);
   for (int g = 0; g < t.groups; ++g)
-    store_row(b.centroid + g * t.width, 1.0f, t.width, t.dtype, static_cast<char*>(t.out) + static_cast<std::size_t>(g) * row);
+    store_row(b.centroid + g * t.width, 1.0f, t.width, t.dtype,
+              static_cast<char*>(t.out) + static_cast<std::size_t>(g) * row);
 }
 
 template <class V>

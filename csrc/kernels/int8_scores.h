@@ -66,11 +66,11 @@ inline void pack_keys_as_int8(const void* const* rows, DType dtype, int count, i
   pack_keys_as<V, Mode::dot>(rounded, count, width / 2, packed);
 }
 
-// logits[j][keys] = factors[j] * scale[key] * (q[j] . key) for V::keys queries and a packed block of keys, rows `stride`
-// apart.
+// logits[j][keys] = factors[j] * scale[key] * (q[j] . key) for V::keys queries and a packed block of keys, rows
+// `stride` apart.
 template <class V>
-inline void logits_of_int8(const uint32_t* packed, int words, const uint32_t* const* q, const float* factors, float* logits,
-                            int64_t stride) {
+inline void logits_of_int8(const uint32_t* packed, int words, const uint32_t* const* q, const float* factors,
+                           float* logits, int64_t stride) {
   constexpr int NQ = V::keys, NV = V::vectors, L = V::lanes;
   const int32_t* keys = reinterpret_cast<const int32_t*>(packed);
   const float* scales = reinterpret_cast<const float*>(packed + words * NV * L);

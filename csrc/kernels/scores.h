@@ -90,8 +90,9 @@ inline float log2_sum(const float* row, int64_t columns) {
 inline float square_norm(const void* row, DType dtype, int width) {
   float sum = 0.0f;
   for (int d = 0; d < width; ++d) {
-    const float x = dtype == DType::float32 ? static_cast<const float*>(row)[d]
-                                            : from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(row)[d]) << 16);
+    const float x = dtype == DType::float32
+                        ? static_cast<const float*>(row)[d]
+                        : from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(row)[d]) << 16);
     sum += x * x;
   }
   return sum;
@@ -152,7 +153,8 @@ inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b, const float* 
       }
       scores = b.merged;
     }
-    if (!select_topk<C>(scores, DType::float32, t.candidates, t.count, t.offset, t.indices + tile * t.out_stride, b.topk))
+    if (!select_topk<C>(scores, DType::float32, t.candidates, t.count, t.offset, t.indices + tile * t.out_stride,
+                        b.topk))
       return false;
   }
   return true;

@@ -46,7 +46,8 @@ inline bool ordered_keys(const void* scores, DType dtype, int64_t n, int32_t* ke
 // A bound with at least k keys at or above it and fewer than k above it; *exact says whether exactly k
 // are at or above it.
 inline int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k, int32_t lowest, int32_t highest, int32_t* buffer,
-                           int64_t (*compress_range)(const int32_t*, int64_t, int32_t, int32_t, int32_t*), bool* exact) {
+                           int64_t (*compress_range)(const int32_t*, int64_t, int32_t, int32_t, int32_t*),
+                           bool* exact) {
   int64_t low = lowest, high = highest;  // the k-th largest lies in [low, high]
   int64_t at_low = n, above_high = 0;    // keys >= low and keys > high, relative to `keys`
   while (low < high) {

@@ -70,7 +70,8 @@ struct Avx2 {
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.ebf918p-3f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.62e428p-1f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0x1.000002p+0f));
-    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(integer), _mm256_set1_epi32(127)), 23);
+    const __m256i exponent =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(integer), _mm256_set1_epi32(127)), 23);
     return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));
   }
 };

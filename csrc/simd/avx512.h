@@ -53,8 +53,10 @@ struct Avx512 {
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const __m512i even0 = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88), even1 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88);
-      const __m512i odd0 = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd), odd1 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
+      const __m512i even0 = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88),
+                    even1 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88);
+      const __m512i odd0 = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd),
+                    odd1 = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
       _mm512_storeu_si512(to + j * stride, _mm512_shuffle_i32x4(even0, even1, 0x88));
       _mm512_storeu_si512(to + (j + 4) * stride, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
       _mm512_storeu_si512(to + (j + 8) * stride, _mm512_shuffle_i32x4(even0, even1, 0xdd));

@@ -24,7 +24,8 @@ struct PortableVector {
   static void load_blocks(const uint32_t* const* blocks, int first, F* to) {
     for (int w = 0; w < kBlockKeys; ++w)
       for (int i = 0; i < L / kBlockKeys; ++i)
-        __builtin_memcpy(reinterpret_cast<char*>(to + w) + i * kBlockKeys * 4, blocks[i] + first + w * kBlockKeys, kBlockKeys * 4);
+        __builtin_memcpy(reinterpret_cast<char*>(to + w) + i * kBlockKeys * 4, blocks[i] + first + w * kBlockKeys,
+                         kBlockKeys * 4);
   }
   static void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
   static F fma(F a, F b, F c) { return a * b + c; }

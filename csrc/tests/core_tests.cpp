@@ -53,7 +53,8 @@ void test_pooling(std::mt19937& random, const char* level) {
   std::vector<float> x(tokens * width), out(grid.blocks() * width);
   std::normal_distribution<float> normal;
   for (float& value : x) value = normal(random);
-  sp::pool_blocks({x.data(), tokens * width, tokens * width, width}, sp::DType::float32, 1, 1, width, grid, out.data(), 2);
+  sp::pool_blocks({x.data(), tokens * width, tokens * width, width}, sp::DType::float32, 1, 1, width, grid, out.data(),
+                  2);
   std::vector<double> sum(out.size());
   std::vector<int> size(grid.blocks());
   std::vector<int32_t> kept;
@@ -63,8 +64,10 @@ void test_pooling(std::mt19937& random, const char* level) {
       const int64_t block = y / grid.block_rows * grid.horizontal() + c / grid.block_columns;
       const int64_t token = grid.prefix + y * grid.columns + c;
       ++size[block];
-      if (random() % 2) kept.push_back(static_cast<int32_t>(token));
-      else ++left[block];
+      if (random() % 2)
+        kept.push_back(static_cast<int32_t>(token));
+      else
+        ++left[block];
       for (int64_t d = 0; d < width; ++d) sum[block * width + d] += x[token * width + d];
     }
   bool close = true;
@@ -84,12 +87,14 @@ void test_patch_groups(std::mt19937& random, const char* level, bool half) {
   sp::BlockGrid grid{pick(0, 2), pick(1, 13), pick(1, 13), 1, 1};
   grid.block_rows = pick(1, grid.rows);
   grid.block_columns = pick(1, grid.columns);
-  const int64_t heads = pick(1, 3), width = 16 * pick(1, 8), patches = grid.rows * grid.columns, tokens = grid.prefix + patches;
+  const int64_t heads = pick(1, 3), width = 16 * pick(1, 8), patches = grid.rows * grid.columns,
+                tokens = grid.prefix + patches;
   std::normal_distribution<float> normal;
   std::vector<uint16_t> x16(tokens * heads * width);
   std::vector<float> x;
   for (uint16_t& value : x16) value = narrow(normal(random)), x.push_back(widen(value));
-  const sp::Rows rows{half ? static_cast<const void*>(x16.data()) : x.data(), tokens * heads * width, width, heads * width};
+  const sp::Rows rows{half ? static_cast<const void*>(x16.data()) : x.data(), tokens * heads * width, width,
+                      heads * width};
   const sp::DType dtype = half ? sp::DType::bfloat16 : sp::DType::float32;
   const auto row = [&](int64_t head, int64_t token) { return x.data() + (token * heads + head) * width; };
   std::vector<int32_t> assignment(heads * patches), before;
@@ -111,14 +116,16 @@ void test_patch_groups(std::mt19937& random, const char* level, bool half) {
   bool near = true;
   for (int64_t steps = 0; steps < 3; ++steps) {
     sp::group_patches({1, heads, width, steps, dtype, rows, grid, assignment.data(),
-                       half ? static_cast<void*>(mean16.data()) : mean.data(), distance.data()}, 2);
+                       half ? static_cast<void*>(mean16.data()) : mean.data(), distance.data()},
+                      2);
     for (int64_t i = 0; i < heads * patches; ++i) {
       const int64_t head = i / patches, patch = i % patches;
       const int64_t by = patch / grid.columns / grid.block_rows, bx = patch % grid.columns / grid.block_columns;
       const auto square = [&](int64_t group) {
         double total = 0;
         for (int64_t d = 0; d < width; ++d) {
-          const double difference = row(head, grid.prefix + patch)[d] - centroid[(head * grid.blocks() + group) * width + d];
+          const double difference =
+              row(head, grid.prefix + patch)[d] - centroid[(head * grid.blocks() + group) * width + d];
           total += difference * difference;
         }
         return total;
@@ -131,7 +138,8 @@ void test_patch_groups(std::mt19937& random, const char* level, bool half) {
       for (int64_t y = std::max<int64_t>(0, by - 1); y <= std::min(grid.vertical() - 1, by + 1); ++y)
         for (int64_t z = std::max<int64_t>(0, bx - 1); z <= std::min(grid.horizontal() - 1, bx + 1); ++z)
           least = std::min(least, square(y * grid.horizontal() + z));
-      const int64_t away_y = std::abs(assignment[i] / grid.horizontal() - by), away_x = std::abs(assignment[i] % grid.horizontal() - bx);
+      const int64_t away_y = std::abs(assignment[i] / grid.horizontal() - by),
+                    away_x = std::abs(assignment[i] % grid.horizontal() - bx);
       near = near && away_y <= 1 && away_x <= 1 && square(assignment[i]) <= least + 1e-3;
     }
     take_means();
@@ -146,7 +154,8 @@ void test_patch_groups(std::mt19937& random, const char* level, bool half) {
     const int64_t head = i / tokens, patch = i % tokens - grid.prefix;
     double total = 0;
     for (int64_t d = 0; d < width; ++d) {
-      const double from = patch < 0 ? 0 : centroid[(head * grid.blocks() + assignment[head * patches + patch]) * width + d];
+      const double from =
+          patch < 0 ? 0 : centroid[(head * grid.blocks() + assignment[head * patches + patch]) * width + d];
       total += (row(head, i % tokens)[d] - from) * (row(head, i % tokens)[d] - from);
     }
     close = close && std::fabs(distance[i] - std::sqrt(total)) < 1e-3;

@@ -101,7 +101,8 @@ struct Case {
     p.q = {base, s.tokens * 3 * c, s.width, 3 * c};
     p.k = {base + element * c, s.tokens * 3 * c, s.width, 3 * c};
     p.v = {base + element * 2 * c, s.tokens * 3 * c, s.width, 3 * c};
-    const char* pooled = half ? reinterpret_cast<const char*>(tail16.data()) : reinterpret_cast<const char*>(tail.data());
+    const char* pooled =
+        half ? reinterpret_cast<const char*>(tail16.data()) : reinterpret_cast<const char*>(tail.data());
     p.tail_k = {pooled, s.heads * s.pooled * s.width, s.pooled * s.width, s.width};
     p.tail_v = p.tail_k;
     if (s.pooled > 0) p.tail_v.data = pooled + element * s.batch * s.heads * s.pooled * s.width;

@@ -87,8 +87,10 @@ void test_tile_keys(std::mt19937& random, const char* level, bool half) {
     for (int64_t i = 0; i < p.first + p.count; ++i) chosen[row[i]] = true;
     double worst_chosen = INFINITY, best_left = -INFINITY;
     for (int64_t n = p.first; n < p.tokens; ++n) {
-      if (chosen[n]) worst_chosen = std::min(worst_chosen, score[n]);
-      else best_left = std::max(best_left, score[n]);
+      if (chosen[n])
+        worst_chosen = std::min(worst_chosen, score[n]);
+      else
+        best_left = std::max(best_left, score[n]);
     }
     best = best && worst_chosen >= best_left - 1e-3;
   }
@@ -131,7 +133,8 @@ void test_screened_keys(std::mt19937& random, const char* level, bool half) {
   if (!weight.empty()) t.log2_weight = weight.data();
 
   const auto block_of = [&](int64_t patch) {
-    return patch / p.grid.columns / p.grid.block_rows * p.grid.horizontal() + patch % p.grid.columns / p.grid.block_columns;
+    return patch / p.grid.columns / p.grid.block_rows * p.grid.horizontal() +
+           patch % p.grid.columns / p.grid.block_columns;
   };
   const auto choose = [&](int64_t num_blocks) {
     std::vector<int32_t> got(t.heads * t.tiles * (t.first + t.count));

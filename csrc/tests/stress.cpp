@@ -136,7 +136,8 @@ struct Inputs {
     p.grid = {grid.prefix, grid.rows, grid.columns, 2, 2};
     const int64_t empty = 4 * p.grid.blocks() - grid.rows * grid.columns;
     p.num_blocks = std::max((empty + 4) / 4, (p.grid.blocks() + 1) / 2);
-    p.tiles = {s.batch, s.heads, s.tokens, s.width, s.tiles, 1, s.prefix, 4 * p.num_blocks - empty, dtype, 0.2f, masked, part(0), part(1)};
+    p.tiles = {s.batch, s.heads, s.tokens, s.width, s.tiles, 1, s.prefix, 4 * p.num_blocks - empty,
+               dtype,   0.2f,    masked,   part(0), part(1)};
     p.tiles.log2_weight = masked ? weight.data() : nullptr;
     Bytes out(static_cast<std::size_t>(4 * lists() * (s.prefix + p.tiles.count)));
     p.tiles.indices = reinterpret_cast<int32_t*>(out.data());
@@ -147,8 +148,8 @@ struct Inputs {
   Bytes topk(int threads) const {
     const int64_t k = (s.tokens + 2) / 3;
     Bytes out(static_cast<std::size_t>(4 * lists() * k));
-    sp::topk(scores.data(), sp::DType::float32, lists(), s.tokens, s.tokens, k, reinterpret_cast<int32_t*>(out.data()), k,
-             0, threads);
+    sp::topk(scores.data(), sp::DType::float32, lists(), s.tokens, s.tokens, k, reinterpret_cast<int32_t*>(out.data()),
+             k, 0, threads);
     return out;
   }
 
@@ -213,10 +214,16 @@ struct Check {
   Bytes (Inputs::*run)(int threads) const;
 };
 
-constexpr Check checks[] = {{"attend", &Inputs::attend},         {"tile_keys", &Inputs::tile_keys},
-                            {"screened_keys", &Inputs::screened_keys}, {"topk", &Inputs::topk},             {"group_queries", &Inputs::group_queries},
-                            {"pool_blocks", &Inputs::pool},      {"log_counts", &Inputs::log_counts},
-                            {"distances", &Inputs::distances},   {"patch_groups", &Inputs::patch_groups}, {"refusal", &Inputs::refuse}};
+constexpr Check checks[] = {{"attend", &Inputs::attend},
+                            {"tile_keys", &Inputs::tile_keys},
+                            {"screened_keys", &Inputs::screened_keys},
+                            {"topk", &Inputs::topk},
+                            {"group_queries", &Inputs::group_queries},
+                            {"pool_blocks", &Inputs::pool},
+                            {"log_counts", &Inputs::log_counts},
+                            {"distances", &Inputs::distances},
+                            {"patch_groups", &Inputs::patch_groups},
+                            {"refusal", &Inputs::refuse}};
 constexpr std::size_t kChecks = sizeof checks / sizeof checks[0];
 
 // Returns the number of calls made, or -1 if any result differed.
@@ -240,8 +247,8 @@ long stress(const char* level, double seconds) {
         const int threads = 1 + static_cast<int>(choose() % 4);
         ++calls;
         if ((inputs[number / kChecks].*check.run)(threads) != expected[number] && failures++ == 0)
-          std::fprintf(stderr, "FAILED at level %s: %s with %d threads differs from the call made alone\n", level, check.name,
-                       threads);
+          std::fprintf(stderr, "FAILED at level %s: %s with %d threads differs from the call made alone\n", level,
+                       check.name, threads);
       } while (failures == 0 && std::chrono::steady_clock::now() < end);
     });
   for (std::thread& caller : callers) caller.join();

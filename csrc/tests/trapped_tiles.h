@@ -36,7 +36,8 @@ void carry_out(int, siginfo_t*, void* context) {
   greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   const uint8_t* at = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
   // Three bytes of VEX prefix with opcode map 0F38, W = 0, 128 bits; then opcode and ModRM.
-  if (at[0] != 0xc4 || (at[1] & 0x1f) != 2 || (at[2] & 0x84) != 0) give_up("an illegal instruction that is none of AMX");
+  if (at[0] != 0xc4 || (at[1] & 0x1f) != 2 || (at[2] & 0x84) != 0)
+    give_up("an illegal instruction that is none of AMX");
   const int high_x = at[1] & 0x40 ? 0 : 8, high_b = at[1] & 0x20 ? 0 : 8;
   const int source = ~(at[2] >> 3) & 15, prefix = at[2] & 3;  // prefix: 0 none, 1 66, 2 F3, 3 F2
   const int opcode = at[3], mode = at[4] >> 6, reg = at[4] >> 3 & 7, rm = at[4] & 7;
@@ -91,7 +92,7 @@ void carry_out(int, siginfo_t*, void* context) {
 }
 
 void trap_tiles() {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = carry_out;
   action.sa_flags = SA_SIGINFO;
   sigaction(SIGILL, &action, nullptr);
