@@ -66,6 +66,8 @@ def move_state(source: nn.Module, target: nn.Module, skip: tuple[str, ...] = ())
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(source)
+        if getattr(vars(source).get("forward"), "__func__", None) is type(source).forward:
+            del source.forward  # put back by accelerate as an attribute of the instance
     reason = why_not_movable(source)
     if reason is not None:
         raise SparsifinerError(f"cannot convert {type(source).__name__}: {reason}")

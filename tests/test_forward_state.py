@@ -1,0 +1,160 @@
+"""The patch grid of a pass belongs to that pass: copies, replaced embeddings, other sizes, threads, recomputation."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsifiner import SparsifinerConfig, densify, prune_tokens, record, sparsify
+from sparsifiner.reduction import merge_tokens
+
+CONFIG = SparsifinerConfig(keep_rate=0.2, query_tile=(2, 2), tail=(2, 2), mode="sparse")
+
+
+@pytest.fixture
+def dynamic(tiny_vit) -> nn.Module:
+    """Takes 16x8, 8x16 and 32x4 patches alike: all are 128 tokens."""
+    return tiny_vit(dynamic_img_size=True, img_size=32)
+
+
+WIDE, TALL = (1, 3, 32, 64), (1, 3, 64, 32)
+
+
+def grids(model: nn.Module, x: Tensor) -> set[tuple[int, int]]:
+    with torch.no_grad(), record(model) as seen:
+        model(x)
+    return {did.connectivity.tiling.grid for did in seen.values()}
+
+
+def test_a_block_that_is_copied_goes_on_with_its_model(dynamic, images) -> None:
+    sparse = sparsify(dynamic, CONFIG)
+    sparse.blocks[1] = copy.deepcopy(sparse.blocks[1])
+    assert grids(sparse, images(*WIDE)) == {(8, 16)}
+    assert grids(sparse, images(*TALL)) == {(16, 8)}
+
+
+def test_an_embedding_that_is_copied_goes_on(dynamic, images) -> None:
+    sparse = sparsify(dynamic, CONFIG)
+    grids(sparse, images(*WIDE))
+    sparse.patch_embed = copy.deepcopy(sparse.patch_embed)
+    assert grids(sparse, images(*TALL)) == {(16, 8)}
+
+
+def test_an_embedding_that_is_replaced_is_noticed(dynamic, images) -> None:
+    other = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, dynamic_img_size=True)
+    sparse = sparsify(dynamic, CONFIG)
+    grids(sparse, images(*WIDE))
+    sparse.patch_embed = other.patch_embed
+    with pytest.raises(ValueError, match="the patch embedding of VisionTransformer was replaced"), torch.no_grad():
+        sparse(images(*TALL))
+
+
+def test_whole_copies_are_independent(dynamic, images) -> None:
+    sparse = sparsify(dynamic, CONFIG)
+    twin = copy.deepcopy(sparse)
+    with torch.no_grad():
+        tokens = sparse._pos_embed(sparse.patch_embed(images(*WIDE)))
+        twin(images(*TALL))
+        with record(sparse) as seen:
+            sparse.blocks(tokens)
+    assert {did.connectivity.tiling.grid for did in seen.values()} == {(8, 16)}
+
+
+def test_the_convolution_alone_tells_the_grid(dynamic, images) -> None:
+    sparse = sparsify(dynamic, CONFIG)
+    grids(sparse, images(*WIDE))
+    with torch.no_grad(), record(sparse) as seen:
+        x = sparse.patch_embed.proj(images(*TALL)).permute(0, 2, 3, 1)
+        sparse.blocks(sparse._pos_embed(x))
+    assert {did.connectivity.tiling.grid for did in seen.values()} == {(16, 8)}
+
+
+def test_two_embeddings_before_the_blocks_are_told_apart_or_refused(dynamic, images) -> None:
+    sparse = sparsify(dynamic, CONFIG)
+    with torch.no_grad():
+        first, second = (sparse._pos_embed(sparse.patch_embed(images(*size))) for size in (WIDE, (1, 3, 32, 32)))
+        with record(sparse) as seen:
+            sparse.blocks(first)  # another number of tokens than the second's
+        assert {did.connectivity.tiling.grid for did in seen.values()} == {(8, 16)}
+        with record(sparse) as seen:
+            sparse.blocks(second)
+        assert {did.connectivity.tiling.grid for did in seen.values()} == {(8, 8)}
+        first, _ = (sparse._pos_embed(sparse.patch_embed(images(*size))) for size in (WIDE, TALL))
+        with pytest.raises(ValueError, match="images of 8x16 and 16x8 patches were embedded before the blocks ran"):
+            sparse.blocks(first)
+
+
+def test_one_of_two_towers_that_share_an_embedding_can_be_densified(dynamic, images) -> None:
+    first, second = dynamic, copy.deepcopy(dynamic)
+    second.patch_embed = first.patch_embed
+    sparsify(first, CONFIG, inplace=True)
+    sparsify(second, CONFIG, inplace=True)
+    densify(first, inplace=True)
+    assert grids(second, images(*TALL)) == {(16, 8)}
+    assert grids(second, images(*WIDE)) == {(8, 16)}
+
+
+def test_threads_of_different_sizes_share_a_model(dynamic, images) -> None:
+    sparse, inputs = sparsify(dynamic, CONFIG), [images(*WIDE), images(*TALL)]
+    with torch.no_grad():
+        want = [sparse(x) for x in inputs]
+    barrier, failures = threading.Barrier(2), []
+
+    def run(number: int) -> None:
+        barrier.wait()
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.allclose(sparse(inputs[number]), want[number], rtol=1e-4, atol=1e-5):
+                    failures.append(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+KINDS = {
+    "two sizes": lambda model: sparsify(model, CONFIG),
+    "pruned": lambda model: prune_tokens(model, layers=(0,)),
+    "pruned and sparse": lambda model: sparsify(prune_tokens(model, layers=(0,)), CONFIG),
+    "merged": lambda model: merge_tokens(model, 8),
+}
+
+
+def gradients(model: nn.Module, inputs: list[Tensor], use_reentrant: bool | None) -> list[Tensor]:
+    """Of two forward passes before one backward pass, with or without recomputing each block."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for x in inputs:
+        tokens = model._pos_embed(model.patch_embed(x))
+        for block in model.blocks:
+            tokens = block(tokens) if use_reentrant is None else checkpoint(block, tokens, use_reentrant=use_reentrant)
+        total = total + model.norm(tokens).square().sum()
+    total.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_recomputation_after_two_forward_passes_finds_each_its_own_state(make, dynamic, images) -> None:
+    model = make(dynamic).train()
+    inputs = [images(*WIDE), images(*TALL) * 0.7]
+    for want, got in zip(gradients(model, inputs, None), gradients(model, inputs, False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_reentrant_recomputation_is_right_or_refused(make, dynamic, images) -> None:
+    model = make(dynamic).train()
+    single = [images(*WIDE)]
+    for want, got in zip(gradients(model, single, None), gradients(model, single, True), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        gradients(model, [images(*WIDE), images(*TALL)], True)
