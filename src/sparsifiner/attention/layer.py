@@ -15,7 +15,7 @@ from ..geometry.tiling import Tiling
 from ..ops.inputs import AttentionInputs
 from ..predictors import Predictor, build_predictor
 from .attend import LayerRecord, attend
-from .module_state import move_state, weight_like
+from .module_state import LEAF, move_state, weight_like
 from .policy import Policy
 
 Observer = Callable[["SparseAttention", LayerRecord], None]
@@ -53,6 +53,7 @@ class SparseAttention(nn.Module):
     def __init__(self, dense: nn.Module, config: SparsifinerConfig, grid: PatchGrid) -> None:
         nn.Module.__init__(self)  # not the dense class's own, which would make new weights
         move_state(dense, self)
+        vars(self)["__module__"] = LEAF
         self.grid = grid
         self.config = config
         self.policy = Policy.of(config)
@@ -70,6 +71,9 @@ class SparseAttention(nn.Module):
             grid=grid,
             num_prefix_tokens=self.grid.num_prefix_tokens,
         ).to(device=like.device, dtype=like.dtype)
+        for name, parameter in self.predictor.named_parameters():
+            # The choice of keys has no gradient; only the reconstruction phase, which asks for them, gives it one.
+            parameter.requires_grad_(name == "tail_offset")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made while somebody watches are not watched."""

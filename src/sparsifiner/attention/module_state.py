@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import SparsifinerError
 
+LEAF = "torch.nn"
+"""As ``__module__`` of an instance it makes ``torch.fx`` call the module instead of looking into it, as it does with
+PyTorch's own: attention asks for shapes, which symbols do not have. The class keeps its own."""
+
 _NAMED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"
 
@@ -73,7 +77,7 @@ def move_state(source: nn.Module, target: nn.Module, skip: tuple[str, ...] = ())
         raise SparsifinerError(f"cannot convert {type(source).__name__}: {reason}")
     fresh = vars(nn.Module())
     for name, value in vars(source).items():
-        if name in skip or name == "training":
+        if name in (*skip, "training", "__module__"):
             continue
         if name in _NAMED:
             vars(target)[name].update({k: v for k, v in value.items() if k not in skip})

@@ -113,6 +113,8 @@ class PatchGrid:
 
     def embedded(self, patch_embed: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook of the patch embedding."""
+        if not isinstance(output, Tensor):  # symbolic tracing
+            return
         if output.ndim == 4:  # [B, rows, columns, C], as timm returns it for dynamic image sizes
             self._begin((output.shape[1], output.shape[2]), embedded=True)
             return

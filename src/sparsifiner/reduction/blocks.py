@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..attention.layer import refuse_mask
-from ..attention.module_state import move_state, why_not_movable
+from ..attention.module_state import LEAF, move_state, why_not_movable
 from ..errors import SparsifinerError
 
 _NO_VIT = {
@@ -38,6 +38,7 @@ class ReducingBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         move_state(block, self)
+        vars(self)["__module__"] = LEAF
         self.train(block.training)
 
     def to_block(self) -> Block:

@@ -1,0 +1,34 @@
+"""Symbolic tracing and feature extractors see attention as one module, which finds its grid at run time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from sparsifiner import SparsifinerConfig, prune_tokens, sparsify
+
+CONFIG = SparsifinerConfig(keep_rate=0.2, mode="sparse")
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_torchvisions_feature_extractor_works_as_with_a_dense_model(pruned, tiny_vit, images) -> None:
+    model, x = tiny_vit().eval(), images(2, 3, 32, 32)
+    sparse = sparsify(prune_tokens(model, layers=(0,)) if pruned else model, CONFIG)
+    extract = create_feature_extractor(sparse, ["blocks.1", "norm"])
+    with torch.no_grad():
+        found = extract(x)
+        torch.testing.assert_close(found["norm"], sparse.forward_features(x))
+    assert set(found) == {"blocks.1", "norm"}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_follows_its_own_images(tiny_vit, images) -> None:
+    sparse, x = sparsify(tiny_vit().eval(), CONFIG), images(2, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(sparse, x)
+        torch.testing.assert_close(traced(x * 0.5), sparse(x * 0.5))
+        exported = torch.export.export(sparse, (x,), dynamic_shapes={"x": {0: torch.export.Dim("b", min=1, max=8)}})
+        for batch in (1, 5):
+            y = images(batch, 3, 32, 32)
+            torch.testing.assert_close(exported.module()(y), sparse(y), rtol=1e-4, atol=1e-5)
