@@ -140,6 +140,7 @@ def test_under_autocast_the_whole_predictor_learns_from_its_scores(loss, tiny_vi
     """Also where the choice of keys has used the same weights without gradients, in the same region."""
     teacher = tiny_vit(depth=1)
     student = sparsifiner.sparsify(teacher, SparsifinerConfig.paper(0.3)).train()
+    enter_phase(student, PhaseConfig("joint", steps=1))
     objective = Objective(student, teacher, {"ce": 1.0, loss: 1.0})
     x, y = images(2, 3, 32, 32), torch.tensor([1, 2])
     with torch.autocast("cpu", torch.bfloat16):
