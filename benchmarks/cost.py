@@ -21,11 +21,11 @@ from scipy.optimize import nnls
 
 from sparsifiner import SparsifinerConfig, Tiling
 from sparsifiner._utils.files import write_atomically
+from sparsifiner.attention import build_predictor
 from sparsifiner.attention.cost import MARGIN
 from sparsifiner.config import TailConfig
 from sparsifiner.geometry.counting import num_kept
 from sparsifiner.measure.benchmark import measure_operator
-from sparsifiner.predictors import build_predictor
 
 HEAD_DIM = 64
 SHAPES = [(1, 6), (8, 6), (1, 12), (1, 3)]  # images, heads

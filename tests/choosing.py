@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsifiner import Connectivity, SparsifinerConfig, Tiling
-from sparsifiner.attention import AttentionInputs, tail_groups
-from sparsifiner.predictors import Predictor, build_predictor
+from sparsifiner.attention import AttentionInputs, build_predictor, tail_groups
+from sparsifiner.predictors import Predictor
 
 
 class Chooser:

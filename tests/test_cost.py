@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig, Tiling, record
-from sparsifiner.attention import AttentionInputs
+from sparsifiner.attention import AttentionInputs, build_predictor
 from sparsifiner.attention.cost import predicted_share, sparse_pays
 from sparsifiner.config import FLAT_NAMES
 from sparsifiner.measure.flops import count_flops
 from sparsifiner.ops import cpu
-from sparsifiner.predictors import build_predictor
 
 
 def share(config: SparsifinerConfig, side: int, dtype: torch.dtype = torch.float32) -> float:

@@ -14,10 +14,9 @@ from torch.autograd import forward_ad
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig, Tiling, sparse_attention
-from sparsifiner.attention import AttentionInputs, tail_groups
+from sparsifiner.attention import AttentionInputs, build_predictor, tail_groups
 from sparsifiner.ops import OPERATIONS, block_distances, pool_blocks
 from sparsifiner.ops.tail import group_keys
-from sparsifiner.predictors import build_predictor
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 DTYPES = (torch.float64, torch.float32)  # the first is none of the compiled kernels'

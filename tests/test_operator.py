@@ -338,7 +338,7 @@ def test_16384_tokens_stay_under_4_gigabytes() -> None:
         import torch
         from sparsifiner import SparsifinerConfig, Tiling, sparse_attention
         from sparsifiner.ops.tail import group_keys
-        from sparsifiner.predictors import build_predictor
+        from sparsifiner.attention import build_predictor
         from sparsifiner.attention import AttentionInputs
         q, k, v = torch.randn(3, 1, 6, 16384, 64).unbind(0)
         tiling = Tiling((128, 128), (4, 4))

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner import SparsifinerConfig, Tiling
-from sparsifiner.attention import AttentionInputs
+from sparsifiner.attention import AttentionInputs, build_predictor
 from sparsifiner.geometry.counting import num_kept
 from sparsifiner.ops.tail import group_keys
-from sparsifiner.predictors import LowRankPredictor, base, build_predictor
+from sparsifiner.predictors import LowRankPredictor, base
 
 NAMES = ["pooled", "lowrank", "oracle", "local", "strided", "random"]
 

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
+from sparsifiner.attention import build_predictor
 from sparsifiner.geometry.subset import SubsetTiling
 from sparsifiner.geometry.tiling import Tiling
-from sparsifiner.predictors import LowRankConfig, build_predictor
+from sparsifiner.predictors import LowRankConfig
 from sparsifiner.training import losses
 from sparsifiner.training.objective import Objective
 from sparsifiner.training.phases import enter_phase

@@ -2,6 +2,7 @@
 
 from ..ops.inputs import AttentionInputs
 from .attend import LayerRecord, attend, dense_attention, tail_groups
+from .build import build_predictor
 from .layer import Observer, SparseAttention
 from .policy import Policy
 
@@ -12,6 +13,7 @@ __all__ = [
     "Policy",
     "SparseAttention",
     "attend",
+    "build_predictor",
     "dense_attention",
     "tail_groups",
 ]

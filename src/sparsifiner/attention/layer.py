@@ -13,8 +13,9 @@ from ..errors import SparsifinerError
 from ..geometry.patch_grid import PatchGrid
 from ..geometry.tiling import Tiling
 from ..ops.inputs import AttentionInputs
-from ..predictors import Predictor, build_predictor
+from ..predictors import Predictor
 from .attend import LayerRecord, attend
+from .build import build_predictor
 from .module_state import LEAF, move_state, weight_like
 from .policy import Policy
 

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import AttentionInputs, Policy, attend, tail_groups
+from ..attention import AttentionInputs, Policy, attend, build_predictor, tail_groups
 from ..config import SparsifinerConfig
 from ..convert import sparsify
 from ..geometry.tiling import Tiling
 from ..ops import sparse_attention
 from ..ops.connectivity import Connectivity
 from ..ops.tail import KeyGroups, Tail
-from ..predictors import build_predictor
 from .latency import Progress, interleave_all
 
 

@@ -5,7 +5,7 @@ from .fixed import LocalConfig, LocalPredictor, RandomConfig, RandomPredictor, S
 from .lowrank import LowRankConfig, LowRankPredictor
 from .oracle import OracleConfig, OraclePredictor
 from .pooled import PooledConfig, PooledPredictor
-from .registry import build_predictor, predictor_names, read_predictor_config, register_predictor
+from .registry import predictor_class, predictor_names, read_predictor_config, register_predictor
 
 __all__ = [
     "LayerShape",
@@ -23,7 +23,7 @@ __all__ = [
     "RandomPredictor",
     "StridedConfig",
     "StridedPredictor",
-    "build_predictor",
+    "predictor_class",
     "predictor_names",
     "read_predictor_config",
     "register_predictor",

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import torch
-from torch import nn
+from typing import Any, TypeVar
 
 from .._utils.checks import choose
-from .base import LayerShape, Predictor, PredictorConfig
-
-if TYPE_CHECKING:
-    from ..config import SparsifinerConfig
+from .base import Predictor, PredictorConfig
 
 _PREDICTORS: dict[str, type[Predictor]] = {}
 _CONFIGS: dict[str, type[PredictorConfig]] = {}
@@ -72,18 +66,3 @@ def read_predictor_config(settings: object) -> PredictorConfig:
     for name in values:
         choose(f"setting of predictor {config.name!r}", name, known)
     return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def build_predictor(
-    config: SparsifinerConfig, *, num_heads: int, head_dim: int, grid: tuple[int, int], num_prefix_tokens: int
-) -> Predictor:
-    """The predictor that ``config`` names, for one attention layer; other arguments as in ``LayerShape``."""
-    if not isinstance(config.keep_rate, float):
-        raise ValueError("a predictor serves one layer; give it config.for_layer(...), with one keep_rate")
-    settings, layer = config.predictor, LayerShape(num_heads, head_dim, grid, num_prefix_tokens)
-    predictor = predictor_class(settings.name)(
-        settings, layer, keep_rate=config.keep_rate, keep_prefix=config.keep_prefix
-    )
-    if config.tail is not None and config.tail.offset:
-        predictor.tail_offset = nn.Parameter(torch.zeros(num_heads))
-    return predictor
