@@ -51,12 +51,14 @@ class PatchGrid:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to one forward pass; ``torch.export`` leaves fake tensors there."""
-        return {name: getattr(self, name) for name in ("patch_size", "num_prefix_tokens", "shape")}
+        state = {name: getattr(self, name) for name in ("patch_size", "num_prefix_tokens", "shape")}
+        return {**state, "owner": None if self._owner is None else self._owner()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.patch_size, self.num_prefix_tokens = state["patch_size"], state["num_prefix_tokens"]
         self.latest = ForwardPass(state["shape"])
         self._forget()
+        self._owner = None if state["owner"] is None else weakref.ref(state["owner"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchGrid:
         """A new one for a copy of the whole model; a block or an embedding copied alone goes on with this one."""
