@@ -1,4 +1,4 @@
-"""Random surgery on a model: conversions, copies, replaced parts, hooks, other sizes; after each step it is compared."""
+"""Random surgery on a model: conversions, copies, replaced parts, hooks, sizes; compared after each step."""
 
 from __future__ import annotations
 
