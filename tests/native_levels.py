@@ -31,6 +31,6 @@ def level_parameters(names: Iterable[str] = LEVEL_NAMES) -> list:
 
 
 LEVELS = level_parameters()
-ROUNDING_LEVELS = [name for name in LEVEL_NAMES if name in ("avx512bf16", "amx", "amx_emulated")]
+ROUNDING_LEVELS = [name for name in LEVEL_NAMES if name in ("avx512vnni", "avx512bf16", "amx", "amx_emulated")]
 """Those whose scores come from products of bytes or of bfloat16 (amx)."""
 EXACT_LEVELS = [name for name in LEVEL_NAMES if name not in ROUNDING_LEVELS]

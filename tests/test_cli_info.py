@@ -61,7 +61,7 @@ def test_every_operation_has_a_backend_and_the_others_a_reason(capsys) -> None:
 
 @pytest.mark.skipif(cpu.why_missing() is not None, reason=str(cpu.why_missing()))
 def test_every_level_runs_or_says_why_not(capsys) -> None:
-    levels = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
+    levels = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
     assert sorted([*cpu.levels(), *cpu.missing_levels()]) == sorted(levels)
     text = run(["info"], capsys)
     for level, reason in cpu.missing_levels().items():

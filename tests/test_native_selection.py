@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def rounded_for_scores(level: str, x: torch.Tensor) -> torch.Tensor:
     """Queries or keys as the level rounds them, in float64."""
-    if level != "avx512bf16":
+    if level not in ("avx512vnni", "avx512bf16"):
         return x.bfloat16().double()
     largest = x.float().abs().amax(-1, keepdim=True)
     # `127 / largest` would be the rounded reciprocal times 127, and differ in the last place.

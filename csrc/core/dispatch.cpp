@@ -36,6 +36,7 @@ struct Entry {
 constexpr Entry entries[] = {{Level::portable, "portable", &portable_kernels},
                              {Level::avx2, "avx2", SPARSIFINER_X86_KERNELS(avx2_kernels)},
                              {Level::avx512, "avx512", SPARSIFINER_X86_KERNELS(avx512_kernels)},
+                             {Level::avx512vnni, "avx512vnni", SPARSIFINER_X86_KERNELS(avx512vnni_kernels)},
                              {Level::avx512bf16, "avx512bf16", SPARSIFINER_X86_KERNELS(avx512bf16_kernels)},
                              {Level::amx, "amx", SPARSIFINER_AMX_KERNELS(amx_kernels)},
                              {Level::amx_emulated, "amx_emulated", SPARSIFINER_EMULATED_KERNELS(amx_emulated_kernels)}};
@@ -55,9 +56,12 @@ std::string cpu_lacks(Level level) {
                      cpu_lacks(Level::avx2).empty()
                  ? ""
                  : "this CPU has no AVX-512 F, BW, DQ and VL";
+    case Level::avx512vnni:
+      return __builtin_cpu_supports("avx512vnni") && cpu_lacks(Level::avx512).empty()
+                 ? ""
+                 : "this CPU has no AVX-512 with products of bytes (VNNI)";
     case Level::avx512bf16:
-      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-                     cpu_lacks(Level::avx512).empty()
+      return __builtin_cpu_supports("avx512bf16") && cpu_lacks(Level::avx512vnni).empty()
                  ? ""
                  : "this CPU has no AVX-512 with products of bfloat16 and of bytes (BF16, VNNI)";
     case Level::amx: {

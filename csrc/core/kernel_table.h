@@ -104,6 +104,7 @@ inline std::size_t topk_scratch(int64_t columns) { return static_cast<std::size_
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512vnni_kernels;
 extern const Kernels avx512bf16_kernels;
 extern const Kernels amx_kernels;
 extern const Kernels amx_emulated_kernels;

@@ -15,7 +15,7 @@ namespace sparsifiner {
 
 // Instruction sets, in rising order. `amx_emulated` follows `amx` tile by tile in plain C++. Only builds for tests have
 // it; it is never chosen by itself nor listed, only forced.
-enum class Level { portable, avx2, avx512, avx512bf16, amx, amx_emulated };
+enum class Level { portable, avx2, avx512, avx512vnni, avx512bf16, amx, amx_emulated };
 
 const char* level_name(Level level);
 std::vector<Level> all_levels();        // except amx_emulated
@@ -57,8 +57,8 @@ void topk(const void* scores, DType dtype, int64_t rows, int64_t columns, int64_
 
 // The keys each tile needs most, by its pooled queries: softmax(scale * q k^T) over the candidates
 // [first, N), merged over the tile's pooled queries by max or sum, and the `count` best selected. Some levels round
-// queries and keys first, avx512bf16 to bytes times a factor of the row and amx to bfloat16: there keys whose scores
-// differ by less than that rounding may be taken for each other.
+// queries and keys first, avx512vnni and avx512bf16 to bytes times a factor of the row and amx to bfloat16: there keys
+// whose scores differ by less than that rounding may be taken for each other.
 struct TileKeys {
   int64_t batch, heads, tokens, width, tiles, pooled_queries, first, count;
   DType dtype;

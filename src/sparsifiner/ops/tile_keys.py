@@ -29,8 +29,8 @@ def tile_keys(
     as when it is dense; other scores that are NaN count as nothing.
 
     Some CPU levels round queries and keys for the scores, so keys whose scores are equal to within that rounding may
-    be taken for each other there: ``avx512bf16`` to integers of -127 to 127 times a factor of the row, ``amx`` to
-    bfloat16. Attention over the selected keys has the precision asked for.
+    be taken for each other there: ``avx512vnni`` and ``avx512bf16`` to integers of -127 to 127 times a factor of the
+    row, ``amx`` to bfloat16. Attention over the selected keys has the precision asked for.
 
     Args:
         pooled: pooled queries of each tile ``[B, H, T, G, D]``.

@@ -42,7 +42,10 @@ def why_missing() -> str | None:
 
 
 def levels() -> list[str]:
-    """Instruction sets this machine can run, best last: ``portable``, ``avx2``, ``avx512``, ``avx512bf16``, ``amx``."""
+    """Instruction sets this machine can run, best last.
+
+    All there are: ``portable``, ``avx2``, ``avx512``, ``avx512vnni``, ``avx512bf16``, ``amx``.
+    """
     return [] if _missing is not None else list(_native.levels())
 
 
