@@ -280,7 +280,7 @@ def test_the_longest_names_can_be_written(tmp_path, name):
 
 def save_sparse(folder: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
-    save_pretrained(sparsify(model, SparsifinerConfig(dense_below=0, query_tile=(2, 2))), folder)
+    save_pretrained(sparsify(model, SparsifinerConfig(mode="sparse", query_tile=(2, 2))), folder)
 
 
 def save_dense(folder: Path) -> None:

@@ -141,7 +141,7 @@ def test_published_sweeps_are_read_and_not_added_to(sweep, tmp_path, name):
     assert all(row.images >= 500 for row in rows.values())
     shutil.copy(PUBLISHED / name / "pareto.json", tmp_path)
     kept = json.loads((tmp_path / "pareto.json").read_text())
-    (tmp_path / "pareto.json").write_text(json.dumps({**kept, **sweep().purpose()}))
+    (tmp_path / "pareto.json").write_text(json.dumps({**kept, **sweep().common_settings()}))
     with pytest.raises(ValueError, match="of an older version, which did not record validation_images") as refusal:
         run_sweep(sweep(), tmp_path)
     assert "\n" not in str(refusal.value)

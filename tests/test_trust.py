@@ -68,7 +68,7 @@ def evil(tmp_path):
 def saved(tmp_path):
     """A saved sparse model; called, it changes the description."""
     model = timm.create_model(NAME, num_classes=5, **TINY).eval()
-    save_pretrained(sparsify(model, SparsifinerConfig(dense_below=0, query_tile=(2, 2))), tmp_path / "saved")
+    save_pretrained(sparsify(model, SparsifinerConfig(mode="sparse", query_tile=(2, 2))), tmp_path / "saved")
     path = tmp_path / "saved" / CONFIG_NAME
 
     def change(**changes: object) -> Path:
