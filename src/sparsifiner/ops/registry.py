@@ -32,6 +32,8 @@ WhyNot = Callable[..., "str | None"]
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 OPERATIONS: dict[str, Operation] = {}
 _BACKENDS: dict[str, Backend] = {}
+_AUTOMATIC: dict[str, tuple[Backend, ...]] = {}
+"""For each operation the backends that ``auto`` asks, in this order."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,17 @@ class Operation:
 
     def named(self, arguments: Iterable[Any]) -> dict[str, Any]:
         """The arguments by their names in the schema."""
-        return dict(zip(self.arguments, arguments, strict=False))
+        return dict(zip(self.arguments, arguments))  # noqa: B905  (strict costs half a microsecond, and callers may give less)
 
     def kernel(self, backend: str) -> Kernel:
         """The kernel of a backend that has one."""
         return self.reference if backend == REFERENCE else _BACKENDS[backend].kernels[self.name]
 
     def _run(self, *arguments: Any) -> Any:
-        *inputs, backend = arguments
+        inputs, backend = arguments[:-1], arguments[-1]
         kernel = self.kernel(serving(self, backend, False, self.named(inputs))[0])
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(_device_type(inputs)):
+            return kernel(*inputs)
         with torch.no_grad(), no_autocast(inputs):
             return kernel(*inputs)
 
@@ -205,12 +209,21 @@ def register_backend(
             raise SparsifinerError(f"there is no operation {operation!r}; choose from {', '.join(OPERATIONS)}")
     devices = (device_type,) if isinstance(device_type, str) else device_type
     _BACKENDS[name] = Backend(name, devices, dict(kernels), why_not or _refuse_gradients, automatic)
+    _order_backends()
 
 
 def unregister_backend(name: str) -> None:
     """Remove a backend added by :func:`register_backend`."""
     if _BACKENDS.pop(name, None) is None:
         raise SparsifinerError(f"there is no backend {name!r} to remove")
+    _order_backends()
+
+
+def _order_backends() -> None:
+    candidates = [backend for backend in _BACKENDS.values() if backend.automatic]
+    candidates.sort(key=lambda backend: backend.device_types is None)  # those for any device come last
+    for name in OPERATIONS:
+        _AUTOMATIC[name] = tuple(backend for backend in candidates if name in backend.kernels)
 
 
 @contextmanager
@@ -244,16 +257,11 @@ def serving(operation: Operation, backend: str, needs_gradients: bool, arguments
     """
     if backend == AUTO:
         reasons: list[str] = []
-        for any_device in (False, True):
-            for candidate in _BACKENDS.values():
-                if (candidate.device_types is None) != any_device:
-                    continue
-                if not candidate.automatic or operation.name not in candidate.kernels:
-                    continue
-                reason = candidate.refusal(operation, needs_gradients, arguments)
-                if reason is None:
-                    return candidate.name, "; ".join(reasons) or f"{candidate.name} has a kernel for this call"
-                reasons.append(f"{candidate.name} cannot run here: {reason}")
+        for candidate in _AUTOMATIC.get(operation.name, ()):
+            reason = candidate.refusal(operation, needs_gradients, arguments)
+            if reason is None:
+                return candidate.name, "; ".join(reasons) or f"{candidate.name} has a kernel for this call"
+            reasons.append(f"{candidate.name} cannot run here: {reason}")
         return REFERENCE, "; ".join(reasons) or "no backend has a kernel for it"
     if backend == REFERENCE:
         return REFERENCE, "it was asked for"

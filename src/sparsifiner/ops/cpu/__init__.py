@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,29 +15,27 @@ __all__ = ["binding", "force_level", "level", "levels", "missing_levels", "why_m
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_POOLED_QUERIES = 256  # of a tile
+_KEYS = ("tile_keys", "screened_keys")
 
 
-def why_not(operation: str, *, needs_gradients: bool, **arguments: object) -> str | None:
+def why_not(operation: str, *, needs_gradients: bool, **arguments: Any) -> str | None:
     """Why the kernel of an operation cannot serve a call, in words, or None if it can."""
     reason = why_missing()
     if reason is not None:
         return reason
-    if operation == "count_unkept":
-        return None
-    x = next((x for x in arguments.values() if isinstance(x, Tensor)), None)
-    if x is not None:
+    x = next(iter(arguments.values()), None)  # a tensor in every operation
+    if operation != "count_unkept" and isinstance(x, Tensor):
         if x.dtype not in DTYPES:
             return f"it computes in float32 and bfloat16, not in {str(x.dtype).removeprefix('torch.')}"
+        width = x.shape[-1]
         if operation == "pool_blocks":
-            if x.shape[-1] > 128:
-                return f"it takes head widths up to 128, not {x.shape[-1]}"
-        elif operation != "topk" and (x.shape[-1] % 16 or not 16 <= x.shape[-1] <= 128):
-            return f"it takes head widths that are multiples of 16 from 16 to 128, not {x.shape[-1]}"
-    groups = arguments.get("num_groups")
-    if operation == "tile_keys" or operation == "screened_keys":
-        groups = x.shape[3] if x is not None and x.ndim == 5 else None
-    if isinstance(groups, int) and groups > MOST_POOLED_QUERIES:
-        return f"it takes at most {MOST_POOLED_QUERIES} pooled queries per tile, not {groups}"
+            if width > 128:
+                return f"it takes head widths up to 128, not {width}"
+        elif operation != "topk" and (width % 16 or not 16 <= width <= 128):
+            return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
+        groups = x.shape[3] if operation in _KEYS else arguments.get("num_groups", 0)
+        if groups > MOST_POOLED_QUERIES:
+            return f"it takes at most {MOST_POOLED_QUERIES} pooled queries per tile, not {groups}"
     if arguments.get("attn_bias") is not None:
         return "it takes no attn_bias"
     if needs_gradients:
