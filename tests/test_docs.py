@@ -11,11 +11,22 @@ import pytest
 import timm
 import typer
 
+from sparsifiner.attention.adapters import registry as adapters
 from sparsifiner.cli.main import build_app
 from sparsifiner.models.builtin import BUILTIN
+from sparsifiner.ops import backends
+from sparsifiner.predictors import registry as predictors
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/howto/convert.md"]
+PAGES = [
+    "README.md",
+    "docs/index.md",
+    "docs/quickstart.md",
+    "docs/howto/add-a-backend.md",
+    "docs/howto/add-a-model.md",
+    "docs/howto/add-a-predictor.md",
+    "docs/howto/convert.md",
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?:# +)?(?:accelerate launch .*?-m )?sparsifiner ((?:[^\n\\]|\\\n(?:# +)?)+)", re.MULTILINE)
 
@@ -32,8 +43,18 @@ def without_downloads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def registries(monkeypatch):
+    """What a page registers is gone afterwards."""
+    for module, name in ((adapters, "_ADAPTERS"), (predictors, "_PREDICTORS"), (predictors, "_CONFIGS")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    before = backends()
+    yield
+    assert backends() == before
+
+
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.usefixtures("without_downloads", "one_thread")
+@pytest.mark.usefixtures("without_downloads", "registries", "one_thread")
 def test_python_runs_and_prints_what_the_page_says(page, capsys):
     text = (ROOT / page).read_text()
     blocks = list(BLOCK.finditer(text))
