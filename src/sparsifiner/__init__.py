@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import methods, models
+from . import functional, methods, models
 from .config import SparsifinerConfig
 from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
 from .geometry.tiling import Tiling
@@ -29,6 +29,7 @@ __all__ = [
     "count_flops",
     "densify",
     "from_pretrained",
+    "functional",
     "kept_patches",
     "methods",
     "models",

@@ -140,7 +140,6 @@ class Predictor(nn.Module):
         total = counted("")
         return ({"products": total}, total) if total else ({}, 0)
 
-    @torch.no_grad()
     def forward(self, inputs: AttentionInputs, groups: KeyGroups | None = None) -> Connectivity:
         """The keys to keep.
 
@@ -148,7 +147,8 @@ class Predictor(nn.Module):
             inputs: of the attention call.
             groups: of the tail that stands in for the others, or None without one.
         """
-        return self.choose(inputs, self.value_distances(groups, inputs.tiling))
+        with torch.no_grad():  # compilers cannot trace it as a decorator where a function makes the predictor
+            return self.choose(inputs, self.value_distances(groups, inputs.tiling))
 
     def choose(self, inputs: AttentionInputs, value_distance: Tensor | None) -> Connectivity:
         """The keys to keep, given how far each value lies from what would stand in for it."""

@@ -77,6 +77,7 @@ class PooledPredictor(Predictor):
             logits = pooled_logits(pooled[:, :, start:stop], candidates)
             if attn_bias is not None:
                 rows = attn_bias[:, :, tokens[start:stop].flatten(), first:].unflatten(2, (stop - start, -1))
+                rows = rows.clamp(min=torch.finfo(rows.dtype).min / 4)  # -inf times a weight of zero is NaN
                 logits = logits + groups[:, :, start:stop] @ rows
             return key_scores(logits, value_distance, by_sum)
 
