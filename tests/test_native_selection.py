@@ -132,6 +132,62 @@ def test_groups_and_distances_are_those_of_torch(
     assert agrees.double().mean() > 0.99
 
 
+def largest_logit_error(level: str, pooled: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """The bound that ``tile_keys`` states, ``[B, H, T]``: for ``[B, H, T, G, D]`` queries and ``[B, H, N, D]`` keys."""
+    q, k = pooled.double().abs(), keys[:, :, None].double().abs()
+    if level in EXACT_LEVELS:
+        error = 2 * q.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * (q @ k.mT)
+    elif level in ("avx512vnni", "avx512bf16"):
+        step_q, step_k = q.amax(-1, keepdim=True) / 127, k.amax(-1, keepdim=True) / 127
+        error = q.sum(-1, keepdim=True) @ step_k.mT / 2 + step_q @ k.sum(-1, keepdim=True).mT / 2
+        error = error + q.shape[-1] * step_q @ step_k.mT / 4
+    else:
+        error = (2 * 2**-8 + 2**-16) * (q @ k.mT)
+    return scale * error.amax((-1, -2))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.sampled_from([16, 16, 32, 64]),
+    num_keys=st.sampled_from([4, 16, 64, 196]),
+    members=st.integers(1, 4),
+    share=st.floats(0, 1),
+    size=st.sampled_from([0.3, 1.0, 3.0]),
+    by_sum=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_what_rounding_selects_scores_nearly_as_high(
+    level: str,
+    dtype: torch.dtype,
+    width: int,
+    num_keys: int,
+    members: int,
+    share: float,
+    size: float,
+    by_sum: bool,
+    seed: int,
+) -> None:
+    """On tiny grids, where few keys are kept and one taken for another is a large share of them, as on any."""
+    g = torch.Generator().manual_seed(seed)
+    pooled = (torch.randn(2, 2, 9, members, width, generator=g) * size).to(dtype)
+    k = (torch.randn(2, 2, num_keys + 1, width, generator=g) * size).to(dtype)
+    weight = torch.rand(2, 2, num_keys, generator=g) + 0.01
+    count, scale = 1 + int(share * (num_keys - 1)), width**-0.5
+    with cpu.force_level(level):
+        got = tile_keys(pooled, k, weight, 1, count, scale, by_sum, "native").long()
+    logits = pooled.double() @ k[:, :, None, 1:].double().mT * scale
+    log_probabilities = logits.log_softmax(-1)
+    scores = log_probabilities.logsumexp(-2) if by_sum else log_probabilities.amax(-2)
+    scores = scores + weight.double().log()[:, :, None]
+    threshold = scores.topk(count, dim=-1).values[..., -1]
+    lowest = scores.gather(-1, got[..., 1:] - 1).amin(-1)
+    # A sum of exponentials is good to 1e-4, where scores are rounded and where probabilities are summed.
+    allowed = 4 * largest_logit_error(level, pooled, k[:, :, 1:], scale) + 4e-4
+    assert (threshold - lowest <= allowed).all()
+
+
 @pytest.mark.parametrize("level", level_parameters(ROUNDING_LEVELS))
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=30, deadline=None)

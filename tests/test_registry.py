@@ -7,6 +7,8 @@ import torch
 from test_operator import make
 from torch import Tensor
 
+from sparsifiner import SparsifinerConfig, sparsify
+from sparsifiner.methods import METHODS, convert_with
 from sparsifiner.ops import OPERATIONS, backends, pool_blocks, register_backend, registered_backend, serving, top_keys
 from sparsifiner.ops.attend import ATTEND
 
@@ -42,6 +44,31 @@ def test_a_backend_of_ones_own_serves_where_it_is_named() -> None:
         problem.run("toy")
     with pytest.raises(ValueError, match="there is no operation 'attention'; choose from"):
         register_backend("toy", kernels={"attention": attend})
+
+
+def test_a_whole_model_runs_on_a_backend_of_ones_own(tiny_vit, images) -> None:
+    calls = []
+
+    def attend(*arguments: object) -> Tensor:
+        calls.append(arguments)
+        return ATTEND.reference(*arguments)
+
+    config = SparsifinerConfig(keep_rate=0.3, mode="sparse", backend="toy")
+    with registered_backend("toy", kernels={"attend": attend}), torch.no_grad():
+        toy = sparsify(tiny_vit(), config)(images(2, 3, 32, 32))
+        references = sparsify(tiny_vit(), config.replace(backend="reference"))(images(2, 3, 32, 32))
+    assert len(calls) == 2
+    assert torch.equal(toy, references)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_train_inside_autocast(method: str, tiny_vit, images) -> None:
+    model = convert_with(method, tiny_vit(), 0.3).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images(2, 3, 32, 32)).float().square().mean().backward()
+    gradient = model.get_submodule("blocks.0.attn.qkv").weight.grad
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
 
 
 def test_an_automatic_backend_comes_before_those_for_any_device() -> None:

@@ -28,9 +28,12 @@ def tile_keys(
     max or sum, times the key's weight. Keys that hold NaN or infinity come first, so that attention to them is NaN
     as when it is dense; other scores that are NaN count as nothing.
 
-    Some CPU levels round queries and keys for the scores, so keys whose scores are equal to within that rounding may
-    be taken for each other there: ``avx512vnni`` and ``avx512bf16`` to integers of -127 to 127 times a factor of the
-    row, ``amx`` to bfloat16. Attention over the selected keys has the precision asked for.
+    Some CPU levels round queries and keys for the scores, so keys with nearly equal scores may be taken for each other
+    there: ``avx512vnni`` and ``avx512bf16`` to 127 steps up to the row's largest element, ``amx`` to bfloat16. A logit
+    is off by at most ``e = scale * (|q|_1 |k|_max / 254 + |k|_1 |q|_max / 254 + D |q|_max |k|_max / 254**2)``, with
+    bfloat16 by ``scale * 2**-7 * sum(|q k|)``. Numerator and denominator of a probability are then each off by at most
+    a factor ``exp(e)``, with the largest ``e`` of the tile, and every key selected scores at least ``exp(-4 e)`` times
+    the lowest score of an exact selection. Attention over the selected keys has the precision asked for.
 
     Args:
         pooled: pooled queries of each tile ``[B, H, T, G, D]``.
