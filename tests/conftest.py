@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    # Triton interprets its kernels on the CPU, if this is said before it is imported anywhere.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import timm
 
 if TYPE_CHECKING:
     from sparsifiner.evaluation import Sweep

@@ -71,7 +71,7 @@ def _reference(
 ) -> Tensor:
     grid = (rows, columns, block_rows, block_columns, prefix)
     blocks = blocks_of(*grid)
-    _check(k, blocks, num_blocks, count)
+    check_screening(k, blocks, num_blocks, count)
     block_of_patch = blocks.tile_of_patch(k.device)
     means = POOL_BLOCKS.reference(k, *grid)[:, :, None].mT
     distance = BLOCK_DISTANCES.reference(k, *grid)[:, :, prefix:]
@@ -94,7 +94,8 @@ def _reference(
     return select_in_chunks(scores, pooled * scale, k, prefix, count)
 
 
-def _check(k: Tensor, blocks: Tiling, num_blocks: int, count: int) -> None:
+def check_screening(k: Tensor, blocks: Tiling, num_blocks: int, count: int) -> None:
+    """Refuse blocks that :func:`screened_keys` cannot serve, or too few of them for ``count`` keys."""
     if blocks.tile_size != 4:
         raise SparsifinerError(f"a block must have 4 places, not {blocks.tile[0]} x {blocks.tile[1]}")
     if k.shape[2] != blocks.num_tokens:

@@ -29,9 +29,14 @@ def top_keys(scores: Tensor, count: int, backend: str = "auto") -> Tensor:
     return TOPK(scores, count, backend=backend)
 
 
+def check_topk(count: int, columns: int) -> None:
+    """Refuse to select fewer than none or more than there are."""
+    if not 0 <= count <= columns:
+        raise SparsifinerError(f"top-k of {columns} columns needs 0 <= k <= {columns}, got {count}")
+
+
 def _reference(scores: Tensor, count: int) -> Tensor:
-    if not 0 <= count <= scores.shape[-1]:
-        raise SparsifinerError(f"top-k of {scores.shape[-1]} columns needs 0 <= k <= {scores.shape[-1]}, got {count}")
+    check_topk(count, scores.shape[-1])
     return scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values.to(torch.int32)
 
 
