@@ -42,6 +42,7 @@ def test_keep_rates_outside_the_unit_interval_are_refused(rate: object) -> None:
         ({"n_down": True}, "n_down must be a whole number at least 1, got True"),
         ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
         ({"keep_prefix": "no"}, "keep_prefix must be true or false, got 'no'"),
+        ({"attention_dtype": "float16"}, "attention_dtype 'float16' is unknown; did you mean 'bfloat16'"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict, message: str) -> None:

@@ -17,6 +17,7 @@ from .errors import SparsifinerError
 from .predictors import LowRankConfig, PooledConfig, PredictorConfig, RandomConfig, read_predictor_config
 
 Mode = Literal["auto", "sparse", "dense"]
+AttentionDtype = Literal["model", "float32", "bfloat16", "auto"]
 MOST_REFINE_STEPS = 100
 
 
@@ -76,6 +77,9 @@ class SparsifinerConfig:
             ``sparse`` never does; ``dense`` always, in training as well. Training is sparse otherwise.
         dense_below: with ``auto``, inputs of fewer tokens run dense and all others sparse, whatever is expected.
         backend: which kernels compute: ``auto`` takes the fastest that can serve; a name is never replaced.
+        attention_dtype: precision in which queries, keys and values meet: ``model`` is the model's own; ``float32`` and
+            ``bfloat16`` convert them, and the result back; ``auto`` is bfloat16 for float32 models where the CPU's
+            kernels have bfloat16 products, and the model's own everywhere else.
 
     Raises:
         SparsifinerError: if a setting is out of range; the message says what was expected.
@@ -89,6 +93,7 @@ class SparsifinerConfig:
     mode: Mode = "auto"
     dense_below: int | None = None
     backend: str = "auto"
+    attention_dtype: AttentionDtype = "model"
 
     def __post_init__(self) -> None:
         rates: Any = plain(self.keep_rate)
@@ -108,6 +113,7 @@ class SparsifinerConfig:
         if self.dense_below is not None and self.mode != "auto":
             raise SparsifinerError(f"dense_below belongs to mode='auto'; mode={self.mode!r} decides for every size")
         text("backend", self.backend)
+        choose("attention_dtype", self.attention_dtype, get_args(AttentionDtype))
 
     @classmethod
     def paper(cls, keep_rate: float | tuple[float, ...] = 0.25, **changes: Any) -> SparsifinerConfig:
@@ -162,6 +168,7 @@ class SparsifinerConfig:
             "mode": self.mode,
             "dense_below": self.dense_below,
             "backend": self.backend,
+            "attention_dtype": self.attention_dtype,
         }
 
     @classmethod

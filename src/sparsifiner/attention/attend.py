@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import SparsifinerConfig, TailConfig
-from ..ops import sparse_attention
+from ..ops import cpu, sparse_attention
 from ..ops.connectivity import Connectivity
 from ..ops.inputs import AttentionInputs
 from ..ops.tail import KeyGroups, group_keys
@@ -57,9 +57,10 @@ def attend(
         observe: called with what the layer does, tensors included, before it attends.
     """
     policy = Policy.of(config) if policy is None else policy
+    model_dtype, inputs = inputs.q.dtype, inputs.to(precision_of(config, inputs))
     if policy.runs_dense(inputs, config, predictor, training=training):
         _notify(observe, inputs, None)
-        return dense_attention(inputs)
+        return dense_attention(inputs).to(model_dtype)
     groups = tail_groups(config.tail, inputs)
     connectivity = predictor(inputs, groups)
     _notify(observe, inputs, connectivity)
@@ -69,10 +70,25 @@ def attend(
         if attn_bias is not None:
             patches = attn_bias[..., inputs.tiling.num_prefix_tokens :, None]
             attn_bias = torch.cat([attn_bias, groups.blocks.mean_patches(patches)[..., 0]], dim=-1)
-    return sparse_attention(
+    out = sparse_attention(
         inputs.q, inputs.k, inputs.v, connectivity,
         tail=tail, attn_bias=attn_bias, scale=inputs.scale, backend=inputs.backend,
     )  # fmt: skip
+    return out.to(model_dtype)
+
+
+def precision_of(config: SparsifinerConfig, inputs: AttentionInputs) -> torch.dtype:
+    """The dtype that ``config.attention_dtype`` means for ``inputs`` where they are.
+
+    With an attention bias ``auto`` is the model's own: the kernels take none, and plain PyTorch gains nothing.
+    """
+    own = inputs.q.dtype
+    if config.attention_dtype == "model":
+        return own
+    if config.attention_dtype == "auto":
+        faster = inputs.q.device.type == "cpu" and inputs.attn_bias is None and cpu.has_bfloat16_products()
+        return torch.bfloat16 if faster and own == torch.float32 else own
+    return torch.bfloat16 if config.attention_dtype == "bfloat16" else torch.float32
 
 
 def dense_attention(inputs: AttentionInputs) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..geometry.tiling import Tiling
@@ -32,6 +33,13 @@ class AttentionInputs:
     scale: float
     attn_bias: Tensor | None = None
     backend: str = "auto"
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        """The same in another dtype; these themselves where it is theirs already."""
+        if self.q.dtype == dtype:
+            return self
+        bias = None if self.attn_bias is None else self.attn_bias.to(dtype)
+        return self.replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), attn_bias=bias)
 
     def replace(self, **changes: Any) -> AttentionInputs:
         """A copy with some fields changed."""

@@ -9,9 +9,18 @@ from torch import Tensor
 
 from ..registry import register_backend
 from . import binding, kernels
-from .binding import force_level, level, levels, missing_levels, why_missing
+from .binding import force_level, has_bfloat16_products, level, levels, missing_levels, why_missing
 
-__all__ = ["binding", "force_level", "level", "levels", "missing_levels", "why_missing", "why_not"]
+__all__ = [
+    "binding",
+    "force_level",
+    "has_bfloat16_products",
+    "level",
+    "levels",
+    "missing_levels",
+    "why_missing",
+    "why_not",
+]
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_POOLED_QUERIES = 256  # of a tile

@@ -59,6 +59,11 @@ def level() -> str | None:
     return None if _missing is not None else _level
 
 
+def has_bfloat16_products() -> bool:
+    """True where the kernels multiply pairs of bfloat16 numbers in one instruction, twice as fast as float32."""
+    return level() in ("avx512bf16", "amx", "amx_emulated")
+
+
 @contextmanager
 def force_level(name: str) -> Iterator[None]:
     """Run the kernels with the instruction set ``name``, in all threads. For tests and comparisons.
