@@ -12,16 +12,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .attention.adapters import Refusal, find_adapter
+from .attention.adapters import REFUSED, Refusal, find_adapter
 from .attention.layer import SparseAttention
 from .attention.policy import Policy, check_fit
 from .config import SparsifinerConfig
 from .errors import SparsifinerError
-from .geometry.patch_grid import drop_unused_grids, follow_grid
+from .geometry.patch_grid import PatchGrid, drop_unused_grids
 
 M = TypeVar("M", bound=nn.Module)
 
 _NO_OWNER = "no module above it has a patch_embed and num_prefix_tokens, so the patch grid is unknown"
+_NO_CONVOLUTION = "no module above it has one convolution that makes the patches, so the patch grid is unknown"
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,28 @@ def sparsify(
     found, stayed = _survey(model)
     if not found:
         raise SparsifinerError(_nothing_to_convert(model, stayed))
-    grids = {owner: follow_grid(_owner_of(model, owner)) for owner in {layer.owner for layer in found}}
+    grids: dict[str, PatchGrid] = {}
     # Every layer is built before the first is swapped, so that a failure leaves the model as it was.
     layers: list[SparseAttention] = []
     for number, layer in enumerate(found):
         dense, layer_config = model.get_submodule(layer.paths[0]), config.for_layer(number, len(found))
-        check_fit(grids[layer.owner].shape, layer_config)
         adapter = find_adapter(dense)
         assert isinstance(adapter, type)
+        if layer.owner not in grids:
+            grids[layer.owner] = adapter.follow_grid(_owner_of(model, layer.owner), dense)
+        check_fit(grids[layer.owner].shape, layer_config)
         layers.append(adapter(dense, layer_config, grids[layer.owner]))
     for sparse, layer in zip(layers, found, strict=True):
         for path in layer.paths:
-            model.set_submodule(path, sparse)
+            if sparse.child is None:
+                model.set_submodule(path, sparse)
+            else:
+                model.get_submodule(path).add_module(sparse.child, sparse)
     for owner, grid in grids.items():
-        blocks = [path.rpartition(".")[0] for layer in found if layer.owner == owner for path in layer.paths]
+        blocks = [_block_of(model, path) for layer in found if layer.owner == owner for path in layer.paths]
         grid.attach(_owner_of(model, owner), [model.get_submodule(block) for block in blocks if block != owner])
+    for kind in dict.fromkeys(type(layer) for layer in layers):
+        kind.converted(model)
     swapped = [Swapped(path, layer.dense_class) for layer in found for path in layer.paths]
     notes = [f"{layer.paths[0]}.{name}: {why}" for layer in found for name, why in layer.unused_hooks.items()]
     vars(model)["_sparsifiner_conversion"] = Conversion(swapped, stayed, notes)
@@ -146,15 +154,21 @@ def densify(model: M, *, inplace: bool = False) -> M:
     sparse_layers(model)
     if not inplace:
         model = copy.deepcopy(model)
+    layers = [item for item in model.named_modules(remove_duplicate=False) if isinstance(item[1], SparseAttention)]
     dense: dict[int, nn.Module] = {}
-    for layer in model.modules():
-        if isinstance(layer, SparseAttention) and id(layer) not in dense:
+    for _, layer in layers:
+        if layer.child is None and id(layer) not in dense:
             dense[id(layer)] = layer.to_dense()
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, SparseAttention):
+    for name, layer in layers:
+        if id(layer) in dense:
             model.set_submodule(name, dense[id(layer)])
-            vars(layer).pop("grid", None)
-    del layer
+        else:
+            parent, _, child = name.rpartition(".")
+            vars(model.get_submodule(parent))["_modules"].pop(child, None)
+        vars(layer).pop("grid", None)
+    for kind in dict.fromkeys(type(layer) for _, layer in layers):
+        kind.restored(model)
+    del layer, layers
     drop_unused_grids(model)
     for module in model.modules():
         vars(module).pop("_sparsifiner_conversion", None)
@@ -222,6 +236,8 @@ def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     ]
     for layer, config in zip(layers.values(), configs, strict=True):
         layer.configure(config)
+    for kind in dict.fromkeys(type(layer) for layer in layers.values()):
+        kind.converted(model)
 
 
 @dataclass(frozen=True)
@@ -241,15 +257,18 @@ def _survey(model: nn.Module) -> tuple[list[_Found], list[StayedDense]]:
     for name, module in model.named_modules(remove_duplicate=False):
         adapter = find_adapter(module)
         if isinstance(adapter, type):
-            owner = _owner(model, name)
-            if owner is not None:
+            owner = adapter.find_owner(model, name)
+            if isinstance(owner, str):
                 _check_patch_drop(_owner_of(model, owner))
                 layer = found.setdefault(id(module), _Found([], owner, type(module).__name__, _hooks_that_stop(module)))
                 layer.paths.append(name)
                 continue
-            adapter = Refusal(
-                "no module above it has a patch_embed and num_prefix_tokens, so the patch grid is unknown"
-            )
+            adapter = owner or Refusal(_NO_OWNER if adapter.child is None else _NO_CONVOLUTION)
+        elif (
+            isinstance(module, nn.MultiheadAttention)
+            and "Pool" in type(_owner_of(model, name.rpartition(".")[0])).__name__
+        ):
+            adapter = REFUSED["AttentionPoolLatent"]
         if adapter is not None:
             stayed.append(StayedDense(name, type(module).__name__, adapter.reason, adapter.costly))
     return list(found.values()), stayed
@@ -275,15 +294,16 @@ def _check_patch_drop(owner: Any) -> None:
         )
 
 
-def _owner(model: nn.Module, name: str) -> str | None:
-    """Path of the nearest module above ``name`` that embeds the patches, or None."""
-    while name:
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        embed = getattr(module, "patch_embed", None)
-        if hasattr(module, "num_prefix_tokens") and getattr(embed, "grid_size", None) is not None:
-            return name
-    return None
+def _block_of(model: nn.Module, path: str) -> str:
+    """The block of the attention layer at ``path``: the module in a list of modules around it, or the one above it."""
+    block = path.rpartition(".")[0]
+    above = block
+    while above:
+        parent = above.rpartition(".")[0]
+        if isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential)):
+            return above
+        above = parent
+    return block
 
 
 def _owner_of(model: nn.Module, path: str) -> Any:

@@ -48,7 +48,9 @@ _DROPOUT = ("drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate")
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
-    """Write a converted timm model to ``folder``: its settings as JSON, its weights as safetensors.
+    """Write a converted model to ``folder``: its settings as JSON, its weights as safetensors.
+
+    A model of transformers is written as its own ``save_pretrained`` does, with the settings in ``config.json``.
 
     Where the pretrained weights the model started from are on this computer (in the package or in the
     Hugging Face cache), only the tensors that differ from them are written, the predictors above all, with
@@ -68,6 +70,11 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         OSError: if the folder cannot be written.
     """
     layers, pruning, baseline = converted = _conversions(model)
+    if any(converted) and _is_hugging_face(model):
+        if model_args:
+            raise SparsifinerError("model_args are for timm's models; this one has a configuration of its own")
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return
     if not any(converted):
         raise SparsifinerError(
             f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first"
@@ -130,6 +137,8 @@ def from_pretrained(
             or the pretrained weights a delta refers to are not the ones it was made from.
     """
     folder = Path(folder)
+    if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).exists():
+        return _from_hugging_face(folder, img_size)
     settings = _read_settings(folder)
     if not trust_remote:
         check_architecture(settings["architecture"], folder / CONFIG_NAME)
@@ -178,6 +187,34 @@ def from_pretrained(
     if img_size is not None:
         _set_input_size(sparse, img_size)
     return sparse.eval()
+
+
+def _is_hugging_face(model: nn.Module) -> bool:
+    """True for a model of transformers, whose configuration holds the settings."""
+    return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "sparsifiner")
+
+
+def _from_hugging_face(folder: Path, img_size: tuple[int, int] | None) -> nn.Module:
+    """A model of transformers, of the class that its ``config.json`` names; no code of the folder runs."""
+    settings = read_json(folder / "config.json")
+    names = settings.get("architectures") if isinstance(settings, dict) else None
+    if not isinstance(names, list) or len(names) != 1 or "sparsifiner" not in settings:
+        raise SparsifinerError(
+            f"{folder} holds no saved sparse model: its config.json has no settings of sparsifiner, and {CONFIG_NAME} "
+            f"is missing"
+        )
+    if img_size is not None:
+        raise SparsifinerError("img_size is for timm's models; those of transformers take what the images have")
+    try:
+        import transformers
+    except ImportError as error:
+        raise SparsifinerError(
+            f"{folder} holds a model of transformers; pip install 'sparsifiner[transformers]'"
+        ) from error
+    kind = getattr(transformers, str(names[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise SparsifinerError(f"{folder / 'config.json'} names {names[0]!r}, which transformers does not have")
+    return kind.from_pretrained(folder).eval()
 
 
 def _set_input_size(model: Any, img_size: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import SparsifinerConfig
 from ..errors import SparsifinerError
-from ..geometry.patch_grid import PatchGrid
+from ..geometry.patch_grid import PatchGrid, follow_grid
 from ..geometry.tiling import Tiling
 from ..ops.inputs import AttentionInputs
 from ..predictors import Predictor
@@ -39,6 +39,8 @@ class SparseAttention(nn.Module):
     dense_class: ClassVar[type[nn.Module]]
     takes_bias: ClassVar[bool] = False
     """:meth:`project` may return a bias."""
+    child: ClassVar[str | None] = None
+    """Name under which the layer is put inside the dense one, which stays; None where it takes its place."""
     num_heads: int
     scale: float
     proj: Any
@@ -50,6 +52,31 @@ class SparseAttention(nn.Module):
         if isinstance(dropout, nn.Dropout) and dropout.p > 0:
             return f"it drops attention weights (attn_drop={dropout.p}), which a sparse layer cannot; build it with 0"
         return None
+
+    @classmethod
+    def find_owner(cls, model: nn.Module, name: str) -> Any:
+        """Path of the module that embeds the patches of the dense layer at ``name``, None if there is none, or a
+        ``Refusal`` that says why the layer stays dense where it stands."""
+        while name:
+            name = name.rpartition(".")[0]
+            module = model.get_submodule(name)
+            embed = getattr(module, "patch_embed", None)
+            if hasattr(module, "num_prefix_tokens") and getattr(embed, "grid_size", None) is not None:
+                return name
+        return None
+
+    @classmethod
+    def follow_grid(cls, owner: Any, dense: nn.Module) -> PatchGrid:
+        """The patch grid of ``owner``; not attached yet where there was none."""
+        return follow_grid(owner)
+
+    @classmethod
+    def converted(cls, model: nn.Module) -> None:
+        """Called when layers of ``model`` became sparse, or when their settings changed."""
+
+    @classmethod
+    def restored(cls, model: nn.Module) -> None:
+        """Called when all layers of ``model`` are dense again."""
 
     def __init__(self, dense: nn.Module, config: SparsifinerConfig, grid: PatchGrid) -> None:
         nn.Module.__init__(self)  # not the dense class's own, which would make new weights

@@ -10,29 +10,32 @@ class ForwardPass:
 
     Args:
         shape: rows and columns of the patch grid.
+        num_frames: frames of that grid in the sequence.
 
     Attributes:
         kept: raster numbers of the patches each image still holds, int64 ``[B, n]``, by length of the sequence.
         sizes: patches that each token stands for, float32 ``[B, N]``, by length of the sequence.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], num_frames: int = 1) -> None:
         self.shape = shape
+        self.num_frames = num_frames
         self.kept: dict[int, Tensor] = {}
         self.sizes: dict[int, Tensor] = {}
 
     @property
     def num_patches(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.num_frames * self.shape[0] * self.shape[1]
 
     def copy(self) -> ForwardPass:
         """The same state, which goes its own way from here."""
-        other = ForwardPass(self.shape)
+        other = ForwardPass(self.shape, self.num_frames)
         other.kept, other.sizes = dict(self.kept), dict(self.sizes)
         return other
 
     def agrees(self, other: ForwardPass) -> bool:
         """Either serves for the other: the same grid, and nothing that only one of them knows."""
         return self is other or (
-            self.shape == other.shape and not (self.kept or self.sizes or other.kept or other.sizes)
+            (self.shape, self.num_frames) == (other.shape, other.num_frames)
+            and not (self.kept or self.sizes or other.kept or other.sizes)
         )

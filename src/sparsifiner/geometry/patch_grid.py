@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import SparsifinerError
 from .forward_pass import ForwardPass
+from .frames import FrameTiling
 from .subset import SubsetTiling
 from .tiling import Tiling
 
@@ -43,7 +44,7 @@ class PatchGrid:
 
     def _forget(self) -> None:
         """Start without memory of any forward pass but the grid of the latest."""
-        self.latest = ForwardPass(self.latest.shape)
+        self.latest = ForwardPass(self.latest.shape, self.latest.num_frames)
         self._owner: weakref.ref[nn.Module] | None = None
         self._thread = threading.local()
         self._passes = WeakTensorKeyDictionary()
@@ -65,8 +66,8 @@ class PatchGrid:
         owner = None if self._owner is None else self._owner()
         if owner is not None and id(owner) not in memo:
             return self
-        new = PatchGrid(self.shape, self.patch_size, self.num_prefix_tokens)
-        new._owner = None if owner is None else weakref.ref(memo[id(owner)])
+        new = type(self).__new__(type(self))
+        new.__setstate__({**self.__getstate__(), "owner": None if owner is None else memo[id(owner)]})
         memo[id(self)] = new
         return new
 
@@ -105,6 +106,8 @@ class PatchGrid:
         state = self.current
         positions = state.kept.get(num_tokens)
         if positions is None:
+            if state.num_frames > 1:
+                return FrameTiling.of((state.num_frames, *state.shape), tile, self.num_prefix_tokens)
             return Tiling(state.shape, tile, self.num_prefix_tokens)
         return SubsetTiling.of(positions, state.shape, tile, self.num_prefix_tokens, num_tokens)
 
@@ -126,9 +129,9 @@ class PatchGrid:
         fits = shape[0] * shape[1] == output.shape[1]
         self._begin(shape if fits else tuple(patch_embed.grid_size), embedded=True)
 
-    def _begin(self, shape: tuple[int, int], *, embedded: bool) -> None:
+    def _begin(self, shape: tuple[int, int], *, embedded: bool, num_frames: int = 1) -> None:
         """An image was embedded: its pass waits for the first block."""
-        begun = ForwardPass(shape)
+        begun = ForwardPass(shape, num_frames)
         if torch.compiler.is_compiling():
             self.latest = begun
             return
@@ -184,7 +187,7 @@ class PatchGrid:
         if pending or num_tokens != self.num_prefix_tokens + self.num_patches:
             return self.current  # in the middle of a pass: something changed the tokens between two blocks
         self._check_embedding()
-        return ForwardPass(self.shape)
+        return ForwardPass(self.shape, self.current.num_frames)
 
     def _pass_to_recompute(self, num_tokens: int) -> ForwardPass:
         """The pass of a block that runs again inside a backward pass, with a copy of its input."""
@@ -203,11 +206,15 @@ class PatchGrid:
     def _check_embedding(self) -> None:
         """Refuse to go on with the grid of an embedding that its model has lost."""
         owner: Any = None if self._owner is None else self._owner()
-        if owner is not None and find_grid(owner) is not self:
+        if owner is not None and not self._follows(owner):
             raise SparsifinerError(
                 f"the patch embedding of {type(owner).__name__} was replaced after the model was converted, so the "
                 f"patch grid of this image is unknown; replace it first and convert then"
             )
+
+    def _follows(self, owner: Any) -> bool:
+        """True while the embedding of ``owner`` tells this grid."""
+        return find_grid(owner) is self
 
     def _note(self, x: Tensor, state: ForwardPass) -> None:
         self._passes[x] = state
@@ -222,12 +229,12 @@ class PatchGrid:
         """Hook into the patch embedding of ``owner``, a timm model, and into the blocks that look at the grid."""
         self._owner = weakref.ref(owner)
         embed = owner.patch_embed
-        _hook(embed.register_forward_hook, embed._forward_hooks, self, "embedded")
+        add_grid_hook(embed.register_forward_hook, embed._forward_hooks, self, "embedded")
         if isinstance(getattr(embed, "proj", None), nn.Conv2d):
-            _hook(embed.proj.register_forward_hook, embed.proj._forward_hooks, self, "projected")
+            add_grid_hook(embed.proj.register_forward_hook, embed.proj._forward_hooks, self, "projected")
         for block in blocks:
-            _hook(block.register_forward_pre_hook, block._forward_pre_hooks, self, "entered")
-            _hook(block.register_forward_hook, block._forward_hooks, self, "left")
+            add_grid_hook(block.register_forward_pre_hook, block._forward_pre_hooks, self, "entered")
+            add_grid_hook(block.register_forward_hook, block._forward_hooks, self, "left")
 
 
 class GridHook:
@@ -253,7 +260,7 @@ class GridHook:
         return GridHook, (self.grid, self.event)
 
 
-def _hook(register: Any, hooks: dict[int, Any], grid: PatchGrid, event: str) -> None:
+def add_grid_hook(register: Any, hooks: dict[int, Any], grid: PatchGrid, event: str) -> None:
     if not any(isinstance(hook, GridHook) and hook.grid is grid and hook.event == event for hook in hooks.values()):
         register(GridHook(grid, event))
 

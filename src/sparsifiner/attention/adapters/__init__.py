@@ -5,6 +5,7 @@ from .refused import REFUSED, Refusal
 from .registry import Adapter, find_adapter, register_adapter
 from .rope import SparseEvaAttention, SparseRopeAttention
 from .scored import SparseScoredAttention
+from .transformers_import import watch
 from .vit import SparseVitAttention
 
 __all__ = ["REFUSED", "Adapter", "Refusal", "find_adapter", "register_adapter"]
@@ -18,3 +19,5 @@ for _adapter in (
     SparseRelPosAttention,
 ):
     register_adapter(_adapter.dense_class, _adapter)
+
+watch()

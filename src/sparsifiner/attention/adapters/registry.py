@@ -42,6 +42,10 @@ def find_adapter(module: nn.Module) -> Adapter | Refusal | None:
         reason = adapter.refusal(module) or why_not_movable(module)
         return adapter if reason is None else Refusal(reason)
     name = type(module).__name__
+    if type(module).__module__.startswith("transformers."):
+        from .transformers import find_interface_adapter
+
+        return find_interface_adapter(module)
     if name in REFUSED:
         return REFUSED[name]
     if isinstance(module, SparseAttention):

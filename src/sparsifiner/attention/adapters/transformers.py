@@ -1,0 +1,308 @@
+"""Hugging Face transformers: vision towers whose attention calls the function that ``AttentionInterface`` names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from ...config import SparsifinerConfig
+from ...errors import SparsifinerError
+from ...geometry.conv_grid import ConvGrid, find_conv_grid, patch_convolutions
+from ...geometry.patch_grid import PatchGrid
+from ..layer import SparseAttention
+from ..module_state import weight_like
+from ..policy import Policy
+from .refused import REFUSED, Refusal
+
+NAME = "sparsifiner"
+"""As ``attn_implementation``, as the name of the child module, and as the key of the settings in ``config.json``."""
+_DENSE_BEFORE = "_dense_attn_implementation"
+_CONVERTED = "_sparsifiner_converted"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attention classes of one ``model_type``.
+
+    Args:
+        attention: name of the class that calls the interface.
+        num_prefix_tokens: tokens before the patches, from the tower's configuration.
+        num_suffix_tokens: tokens after the patches.
+    """
+
+    attention: str
+    num_prefix_tokens: Callable[[Any], int] = lambda config: 0
+    num_suffix_tokens: Callable[[Any], int] = lambda config: 0
+
+
+def _class_token(config: Any) -> int:
+    return 1
+
+
+def _with_registers(config: Any) -> int:
+    return 1 + config.num_register_tokens
+
+
+FAMILIES: dict[str, Family] = {
+    "beit": Family("BeitAttention", _class_token),
+    "clip_vision_model": Family("CLIPAttention", _class_token),
+    "deit": Family("DeiTAttention", lambda config: 2),
+    "dinov2": Family("Dinov2Attention", _class_token),
+    "dinov2_with_registers": Family("Dinov2WithRegistersAttention", _with_registers),
+    "dinov3_vit": Family("DINOv3ViTAttention", _with_registers),
+    "dpt": Family("DPTSelfAttention", _class_token),
+    "ijepa": Family("IJepaAttention"),
+    "sam3_vit_model": Family("Sam3ViTRoPEAttention"),
+    "siglip_vision_model": Family("SiglipAttention"),
+    "videomae": Family("VideoMAESelfAttention"),
+    "vit": Family("ViTAttention", _class_token),
+    "vit_msn": Family("ViTMSNAttention", _class_token),
+    "vitpose_backbone": Family("VitPoseBackboneSelfAttention"),
+    "vjepa2": Family("VJEPA2RopeAttention"),
+    "yolos": Family("YolosSelfAttention", _class_token, lambda config: config.num_detection_tokens),
+}
+"""By ``model_type`` of the configuration that the attention module holds."""
+
+_TEXT = Refusal("its tokens are text, which has no patch grid", costly=False)
+_PACKED = Refusal("its model packs images of several sizes into one sequence, whose patch grids it does not tell yet")
+_REFUSED = {
+    "siglip2_vision_model": _PACKED,
+    "qwen2_vl": _PACKED,
+    "vit_mae": Refusal("its model drops patches at random, which leaves no patch grid"),
+}
+
+
+class InterfaceAttention(SparseAttention):
+    """Sparse attention inside an attention module of transformers, which keeps its class, weights and ``forward``.
+
+    Args:
+        dense: the attention module. It is not changed.
+        config: settings of this layer (one ``keep_rate``).
+        grid: the patch grid of the tower.
+    """
+
+    dense_class: ClassVar[type[nn.Module]] = nn.Module
+    takes_bias: ClassVar[bool] = True
+    child: ClassVar[str | None] = NAME
+    grid: ConvGrid
+
+    @classmethod
+    def refusal(cls, dense: nn.Module) -> str | None:
+        rate = next((getattr(dense, name) for name in ("attention_dropout", "dropout_prob", "dropout")
+                     if isinstance(getattr(dense, name, None), float)), 0.0)  # fmt: skip
+        if rate > 0:
+            return (
+                f"it drops attention weights ({rate}), which a sparse layer cannot; set the dropout in its config to 0"
+            )
+        if getattr(dense, "is_causal", False):
+            return "it is causal"
+        return None
+
+    @classmethod
+    def find_owner(cls, model: nn.Module, name: str) -> str | Refusal | None:
+        if any(part in name for part in ("decoder", "predictor")):
+            return Refusal("its tokens are those of a decoder or predictor, which form no patch grid")
+        block = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(getattr(block, "window_size", None), int) and block.window_size > 0:  # type: ignore[operator]
+            return REFUSED["WindowAttention"]
+        while name:
+            name = name.rpartition(".")[0]
+            convolutions = patch_convolutions(model.get_submodule(name))
+            if convolutions:
+                return name if len(convolutions) == 1 else None
+        return None
+
+    @classmethod
+    def follow_grid(cls, owner: Any, dense: nn.Module) -> PatchGrid:
+        (path,) = patch_convolutions(owner)
+        conv: Any = owner.get_submodule(path)
+        found = find_conv_grid(conv)
+        if found is not None:
+            return found
+        config: Any = dense.config
+        family = FAMILIES[config.model_type]
+        size = conv.kernel_size[-2:]
+        image_size = getattr(config, "image_size", getattr(config, "crop_size", 224))
+        height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+        suffix = family.num_suffix_tokens(config)
+        prefix = family.num_prefix_tokens(config) + suffix
+        return ConvGrid((height // size[0], width // size[1]), path, size, prefix, suffix)
+
+    @classmethod
+    def converted(cls, model: nn.Module) -> None:
+        """Let every tower with sparse layers call :func:`sparse_attention_forward`, and say so in its configuration."""
+        copies: dict[int, Any] = {}
+        towers: dict[int, Any] = {id(m.config): m.config for m in model.modules() if NAME in m._modules}
+        if any(config._attn_implementation != NAME for config in towers.values()):
+            # Another model may have been made from the same configuration.
+            for module in model.modules():
+                own = vars(module).get("config")
+                if isinstance(own, PretrainedConfig):
+                    vars(module)["config"] = copy.deepcopy(own, copies)
+        for module in model.modules():
+            own = vars(module).get("config")
+            if isinstance(own, PretrainedConfig):
+                vars(module)[_CONVERTED] = True
+                if NAME in module._modules and own._attn_implementation != NAME:
+                    vars(module)[_DENSE_BEFORE] = own._attn_implementation
+        for module in model.modules():
+            if NAME in module._modules:
+                module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+        mark(model)
+
+    @classmethod
+    def restored(cls, model: nn.Module) -> None:
+        for module in model.modules():
+            own = vars(module).get("config")
+            vars(module).pop(_CONVERTED, None)
+            if isinstance(own, PretrainedConfig):
+                for name in (NAME, "attn_implementation"):
+                    vars(own).pop(name, None)
+                before = vars(module).pop(_DENSE_BEFORE, None)
+                if own._attn_implementation == NAME:
+                    own._attn_implementation_internal = before or "sdpa"
+
+    def __init__(self, dense: nn.Module, config: SparsifinerConfig, grid: PatchGrid) -> None:
+        nn.Module.__init__(self)
+        source: Any = dense
+        self.num_heads = int(getattr(source, "num_attention_heads", None) or source.num_heads)
+        self.head_dim = int(getattr(source, "head_dim", None) or source.attention_head_size)
+        self.scale = float(source.scaling if hasattr(source, "scaling") else source.scale)
+        self._like = torch.empty(0, dtype=weight_like(dense).dtype, device=weight_like(dense).device)
+        self.grid = grid  # type: ignore[assignment]
+        self.config = config
+        self.policy = Policy.of(config)
+        self.observer = None
+        self.reset_predictor(grid.shape)
+        self.train(dense.training)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> Tensor:
+        """Attention of ``[B, H, N, D]`` in the order of the model's sequence."""
+        layout = self.grid.layout
+        if q.shape[2] == layout.num_tokens and not layout.is_sorted:
+            q, k, v = (layout.sort(x, 2) for x in (q, k, v))
+            if attn_bias is not None:
+                attn_bias = layout.sort(layout.sort(attn_bias, 2), 3)
+            return layout.unsort(self.attend(q, k, v, attn_bias), 2)
+        return self.attend(q, k, v, attn_bias)
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with ``AttentionInterface`` as ``sparsifiner``.
+
+    Modules that were left dense (text towers) run PyTorch's dense attention.
+
+    Args:
+        module: the attention module.
+        query: ``[B, H, N, D]``.
+        key: ``[B, H or fewer, N, D]``.
+        value: like ``key``.
+        attention_mask: added to the logits, or True where a query may attend to a key; broadcasts to ``[B, H, N, N]``.
+        scaling: factor on the logits.
+        dropout: of attention weights, which a sparse layer cannot do.
+
+    Returns:
+        ``[B, N, H, D]``, and None in place of attention weights.
+
+    Raises:
+        SparsifinerError: if ``module`` belongs to no converted model.
+    """
+    sparse = module._modules.get(NAME)
+    if sparse is None:
+        if _CONVERTED not in vars(module):
+            raise SparsifinerError(
+                f"{type(module).__name__} was asked for sparse attention, but its model was not converted; call "
+                f"sparsifiner.sparsify(model)"
+            )
+        dense = AttentionInterface()["sdpa"]
+        return dense(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    assert isinstance(sparse, InterfaceAttention)
+    if scaling is not None and abs(scaling - sparse.scale) > 1e-6 * abs(sparse.scale):
+        raise SparsifinerError(f"{type(module).__name__} changed its scaling from {sparse.scale} to {scaling}")
+    if kwargs.get("position_bias") is not None:
+        bias = kwargs["position_bias"]
+        attention_mask = bias if attention_mask is None else _additive(attention_mask, query) + bias
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = sparse(query, key, value, _additive(attention_mask, query))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    return mask.to(query.dtype).expand(*mask.shape[:2], query.shape[2], query.shape[2])
+
+
+def find_interface_adapter(module: nn.Module) -> type[InterfaceAttention] | Refusal | None:
+    """The adapter for an attention module of transformers, the reason why there is none, or None for other modules."""
+    name = type(module).__name__
+    config = getattr(module, "config", None)
+    kind = getattr(config, "model_type", "")
+    if not name.endswith("Attention") or NAME in module._modules:
+        return None
+    if any(find_interface_adapter(child) is not None for child in module.children()):
+        return None  # only a wrapper around the attention
+    family = FAMILIES.get(kind)
+    if family is not None and family.attention == name:
+        reason = InterfaceAttention.refusal(module)
+        return InterfaceAttention if reason is None else Refusal(reason)
+    if "text" in kind:
+        return _TEXT
+    return _REFUSED.get(kind) or Refusal(f"there is no adapter for {name} of {kind or 'this configuration'}")
+
+
+def mark(model: nn.Module) -> None:
+    """Write the settings into the configuration of the outermost models, so that ``save_pretrained`` of transformers
+    keeps them: ``from_pretrained`` makes the model sparse again, and fails where sparsifiner is not imported."""
+    inner: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) or id(module) in inner:
+            continue
+        inner.update(id(part) for part in module.modules())
+        layers = [part for part in module.modules() if isinstance(part, SparseAttention)]
+        if not layers:
+            continue
+        rates = tuple(layer.config.keep_rate for layer in layers)
+        first = layers[0].config
+        settings = first if len(set(rates)) == 1 else first.replace(keep_rate=rates)
+        vars(module.config)[NAME] = settings.to_dict()
+        vars(module.config)["attn_implementation"] = NAME
+
+
+def convert_new(model: PreTrainedModel) -> None:
+    """Make a model sparse that was just built from a configuration that asks for it.
+
+    Raises:
+        SparsifinerError: if none of its attention can be made sparse although it takes images.
+    """
+    from ...convert import densify, is_sparse, sparsify
+
+    marker = vars(model.config).get(NAME)
+    if marker is None and model.config._attn_implementation != NAME:
+        return
+    if marker is not None and is_sparse(model):  # a tower was converted with its own settings already
+        densify(model, inplace=True)
+    if not any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules()):
+        return  # a part of a larger model
+    if is_sparse(model):
+        return
+    sparsify(model, SparsifinerConfig() if marker is None else SparsifinerConfig.from_dict(marker), inplace=True)
