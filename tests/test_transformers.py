@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,3 +225,17 @@ def _timm_tensor(name, layer, state, own):
         if part in name:
             return state[f"blocks.{layer}.{theirs}.{kind}"]
     raise AssertionError(name)
+
+
+def test_the_page_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[1] / "docs" / "howto" / "other-models.md"
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$(?:\n+^```text\n(.*?)^```$)?", page.read_text(), re.DOTALL | re.MULTILINE
+    )
+    names: dict[str, object] = {}
+    for code, printed in blocks:
+        exec(code, names)
+        shown = capsys.readouterr().out
+        assert not printed or shown == printed
+    assert len(blocks) > 4

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .attention.adapters import REFUSED, Refusal, find_adapter
+from .attention.adapters import Refusal, find_adapter
 from .attention.layer import SparseAttention
 from .attention.policy import Policy, check_fit
 from .config import SparsifinerConfig
@@ -264,11 +264,6 @@ def _survey(model: nn.Module) -> tuple[list[_Found], list[StayedDense]]:
                 layer.paths.append(name)
                 continue
             adapter = owner or Refusal(_NO_OWNER if adapter.child is None else _NO_CONVOLUTION)
-        elif (
-            isinstance(module, nn.MultiheadAttention)
-            and "Pool" in type(_owner_of(model, name.rpartition(".")[0])).__name__
-        ):
-            adapter = REFUSED["AttentionPoolLatent"]
         if adapter is not None:
             stayed.append(StayedDense(name, type(module).__name__, adapter.reason, adapter.costly))
     return list(found.values()), stayed

@@ -1,6 +1,7 @@
 """One sparse layer per dense attention class."""
 
 from .bias import SparseBeitAttention, SparseRelPosAttention
+from .mha import SparseMultiheadAttention
 from .refused import REFUSED, Refusal
 from .registry import Adapter, find_adapter, register_adapter
 from .rope import SparseEvaAttention, SparseRopeAttention
@@ -17,6 +18,7 @@ for _adapter in (
     SparseEvaAttention,
     SparseBeitAttention,
     SparseRelPosAttention,
+    SparseMultiheadAttention,
 ):
     register_adapter(_adapter.dense_class, _adapter)
 
