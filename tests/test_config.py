@@ -143,3 +143,11 @@ def test_one_rate_per_layer() -> None:
     assert [config.for_layer(i, 2).keep_rate for i in range(2)] == [0.1, 0.2]
     with pytest.raises(ValueError, match="keep_rate has 2 entries but 12 layers are converted"):
         config.for_layer(0, 12)
+
+
+def test_settings_of_a_predictor_are_read_as_they_are() -> None:
+    settings = LowRankConfig(coef_topk=3)
+    assert SparsifinerConfig.from_dict({"predictor": settings}).predictor == settings
+    assert SparsifinerConfig.from_settings({"predictor": settings, "keep_rate": 0.2}).predictor == settings
+    changed = SparsifinerConfig.from_settings({"preset": "paper", "predictor": settings})
+    assert changed.predictor == settings  # whole settings, not changes of the preset's

@@ -158,3 +158,22 @@ def test_reentrant_recomputation_is_right_or_refused(make, dynamic, images) -> N
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         gradients(model, [images(*WIDE), images(*TALL)], True)
+
+
+def test_interleaved_passes_are_told_apart_or_refused(dynamic, images) -> None:
+    """A block's own output tells its pass; a copy of it may be of either image where both wait at the same block."""
+    sparse, wide, tall = sparsify(dynamic, CONFIG), images(*WIDE), images(*TALL)
+    first, second = sparse.blocks
+    with torch.no_grad():
+        want = [sparse.forward_features(x) for x in (wide, tall)]
+        halfway = [first(sparse._pos_embed(sparse.patch_embed(x))) for x in (wide, tall)]
+        for tokens, features in zip(halfway, want, strict=True):
+            torch.testing.assert_close(sparse.norm(second(tokens)), features)
+        halfway = [first(sparse._pos_embed(sparse.patch_embed(x))) for x in (wide, tall)]
+        with pytest.raises(ValueError, match="images of 16x8 and 8x16 patches are both between two blocks"):
+            second(halfway[0].clone())
+        del halfway
+        done = sparse.blocks(sparse._pos_embed(sparse.patch_embed(wide)))  # held, but through with its blocks
+        tokens = first(sparse._pos_embed(sparse.patch_embed(tall))).clone()
+        torch.testing.assert_close(sparse.norm(second(tokens)), want[1])
+        assert done.shape == tokens.shape

@@ -185,3 +185,32 @@ def test_dynamically_quantized_linears_work(tiny_vit, images) -> None:
     for config in (ALWAYS.replace(keep_rate=1.0), SparsifinerConfig.paper(keep_rate=1.0)):
         with torch.no_grad():
             torch.testing.assert_close(sparsify(quantized, config)(x), quantized(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_block_at_several_places_is_refused_where_tokens_leave(tiny_vit, images) -> None:
+    model, x = tiny_vit(depth=3), images(1, 3, 32, 32)
+    model.blocks[2] = model.blocks[0]
+    for convert in (lambda: prune_tokens(model, layers=(0,)), lambda: merge_tokens(model, 4)):
+        with pytest.raises(ValueError, match="block 0 stands at several places of the model"):
+            convert()
+    assert prune_tokens(model, layers=(1,))(x).shape == model(x).shape  # another block may prune
+
+
+@pytest.mark.parametrize("shared", ["attention", "block"])
+def test_linformer_converts_what_is_shared_at_every_place(shared, tiny_vit, images) -> None:
+    model, x = tiny_vit(depth=3), images(1, 3, 32, 32)
+    if shared == "attention":
+        model.blocks[2].attn = model.blocks[0].attn
+    else:
+        model.blocks[2] = model.blocks[0]
+    converted = linformer(model, keep_rate=1.0)
+    assert all(type(block.attn).__name__ == "LinformerAttention" for block in converted.blocks)
+    assert converted.blocks[0].attn is converted.blocks[2].attn
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_backward_hooks_of_the_dropout_are_named_too(tiny_vit) -> None:
+    model = tiny_vit()
+    model.blocks[0].attn.attn_drop.register_full_backward_hook(lambda *args: None)
+    assert "blocks.0.attn.attn_drop: its hooks" in str(conversion(sparsify(model, ALWAYS)))

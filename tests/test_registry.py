@@ -7,7 +7,7 @@ import torch
 from test_operator import make
 from torch import Tensor
 
-from sparsifiner import SparsifinerConfig, sparsify
+from sparsifiner import SparsifinerConfig, attention, predictors, register_adapter, register_predictor, sparsify
 from sparsifiner.methods import METHODS, convert_with
 from sparsifiner.ops import OPERATIONS, backends, pool_blocks, register_backend, registered_backend, serving, top_keys
 from sparsifiner.ops.attend import ATTEND
@@ -92,3 +92,8 @@ def test_the_answer_is_the_same_for_every_operation() -> None:
         assert backend in ("reference", "gather")
         assert "native cannot run here: it runs on cpu, the tensors are on meta" in reason or "native" not in reason
         assert serving(operation, "reference", True, inputs)[0] == "reference"
+
+
+def test_what_extends_the_library_is_public() -> None:
+    assert register_adapter is attention.adapters.register_adapter
+    assert register_predictor is predictors.register_predictor

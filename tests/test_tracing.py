@@ -7,6 +7,7 @@ import torch
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sparsifiner import SparsifinerConfig, prune_tokens, sparsify
+from sparsifiner.reduction import linformer, merge_tokens
 
 CONFIG = SparsifinerConfig(keep_rate=0.2, mode="sparse")
 
@@ -20,6 +21,16 @@ def test_torchvisions_feature_extractor_works_as_with_a_dense_model(pruned, tiny
         found = extract(x)
         torch.testing.assert_close(found["norm"], sparse.forward_features(x))
     assert set(found) == {"blocks.1", "norm"}
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda model: linformer(model, keep_rate=0.5), lambda model: merge_tokens(model, 4)]
+)
+def test_feature_extractors_work_with_the_other_methods(convert, tiny_vit, images) -> None:
+    model, x = convert(tiny_vit().eval()), images(2, 3, 32, 32)
+    with torch.no_grad():
+        found = create_feature_extractor(model, ["norm"])(x)
+        torch.testing.assert_close(found["norm"], model.forward_features(x))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import functional, methods, models
+from .attention.adapters import register_adapter
 from .config import SparsifinerConfig
 from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
 from .geometry.tiling import Tiling
@@ -10,6 +11,7 @@ from .measure.flops import count_flops
 from .ops import sparse_attention
 from .ops.connectivity import Connectivity
 from .ops.tail import Tail
+from .predictors import register_predictor
 from .recording import record
 from .reduction.pruning import kept_patches, prune_tokens, token_pruning, unprune_tokens
 from .saving import from_pretrained, save_pretrained
@@ -35,6 +37,8 @@ __all__ = [
     "models",
     "prune_tokens",
     "record",
+    "register_adapter",
+    "register_predictor",
     "save_pretrained",
     "set_keep_rate",
     "sparse_attention",

@@ -250,6 +250,8 @@ def nested_settings(settings: Mapping[str, Any], base: Mapping[str, Any] | None 
         values.setdefault("mode", "sparse")
     base_predictor = dict((base or {}).get("predictor") or {"name": PooledConfig.name})
     predictor = values.get("predictor", base_predictor["name"])
+    if isinstance(predictor, PredictorConfig):
+        predictor = predictor.to_dict()
     given = dict(predictor) if isinstance(predictor, Mapping) else {"name": predictor}
     given.setdefault("name", base_predictor["name"])
     if given["name"] == base_predictor["name"]:

@@ -272,7 +272,9 @@ def _survey(model: nn.Module) -> tuple[list[_Found], list[StayedDense]]:
 def _hooks_that_stop(attention: nn.Module) -> dict[str, str]:
     """Hooks on the dropout of attention weights: a sparse layer has no map of all weights to drop from."""
     dropout = getattr(attention, "attn_drop", None)
-    if isinstance(dropout, nn.Module) and (dropout._forward_hooks or dropout._forward_pre_hooks):
+    if isinstance(dropout, nn.Module) and (
+        dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks or dropout._backward_pre_hooks
+    ):
         return {
             "attn_drop": "its hooks are not called any more, since a sparse layer has no dense attention weights; "
             "use sparsifiner.record(model) to see the connectivity"

@@ -15,6 +15,7 @@ class ForwardPass:
     Attributes:
         kept: raster numbers of the patches each image still holds, int64 ``[B, n]``, by length of the sequence.
         sizes: patches that each token stands for, float32 ``[B, N]``, by length of the sequence.
+        place: the thread and the block that it left last; None before the first block.
     """
 
     def __init__(self, shape: tuple[int, int], num_frames: int = 1) -> None:
@@ -22,6 +23,7 @@ class ForwardPass:
         self.num_frames = num_frames
         self.kept: dict[int, Tensor] = {}
         self.sizes: dict[int, Tensor] = {}
+        self.place: tuple[int, int] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -32,6 +34,10 @@ class ForwardPass:
         other = ForwardPass(self.shape, self.num_frames)
         other.kept, other.sizes = dict(self.kept), dict(self.sizes)
         return other
+
+    def may_hold(self, num_tokens: int, num_prefix_tokens: int) -> bool:
+        """A sequence of ``num_tokens`` tokens may belong to it."""
+        return num_tokens == num_prefix_tokens + self.num_patches or num_tokens in {*self.kept, *self.sizes}
 
     def agrees(self, other: ForwardPass) -> bool:
         """Either serves for the other: the same grid, and nothing that only one of them knows."""

@@ -49,6 +49,7 @@ class PatchGrid:
         self._thread = threading.local()
         self._passes = WeakTensorKeyDictionary()
         self._alive: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to one forward pass; ``torch.export`` leaves fake tensors there."""
@@ -160,7 +161,10 @@ class PatchGrid:
         """Hook of a block: what it returns belongs to the pass of its input."""
         x = output[0] if isinstance(output, tuple) and output else output
         if not torch.compiler.is_compiling() and isinstance(x, Tensor):
-            self._note(x, self.current)
+            state = self.current
+            self._note(x, state)
+            if not _in_backward():
+                state.place = (threading.get_ident(), id(block))
 
     def _pass_of_unknown(self, x: Tensor) -> ForwardPass:
         """The pass of tokens ``[B, N, C]`` that no block has returned.
@@ -184,22 +188,37 @@ class PatchGrid:
             chosen = matching[0]
             self._thread.pending = [entry for entry in self._thread.pending if entry[0] is not chosen]
             return chosen
+        self._refuse_interleaved(num_tokens)
         if pending or num_tokens != self.num_prefix_tokens + self.num_patches:
             return self.current  # in the middle of a pass: something changed the tokens between two blocks
         self._check_embedding()
         return ForwardPass(self.shape, self.current.num_frames)
 
+    def _refuse_interleaved(self, num_tokens: int) -> None:
+        """Refuse tokens that may belong to either of two passes that stopped after the same block in this thread."""
+        current = self.current
+        for state in self._alive_with(num_tokens) if current.place is not None else ():
+            if state.place == current.place and state.shape != current.shape:
+                grids = " and ".join(f"{rows}x{columns}" for rows, columns in (current.shape, state.shape))
+                raise SparsifinerError(
+                    f"images of {grids} patches are both between two blocks, and these {num_tokens} tokens, which no "
+                    f"block returned, may be of either; run all blocks of one image before those of the next"
+                )
+
+    def _alive_with(self, num_tokens: int) -> list[ForwardPass]:
+        """Passes whose tensors are still held, of which a sequence of ``num_tokens`` tokens may be."""
+        with self._lock:
+            alive = list(self._alive)
+        return [state for state in alive if state.may_hold(num_tokens, self.num_prefix_tokens)]
+
     def _pass_to_recompute(self, num_tokens: int) -> ForwardPass:
         """The pass of a block that runs again inside a backward pass, with a copy of its input."""
-        alive = [
-            state
-            for state in self._alive
-            if self.num_prefix_tokens + state.num_patches == num_tokens or num_tokens in {*state.kept, *state.sizes}
-        ]
+        alive = self._alive_with(num_tokens)
         if not all(state.agrees(alive[0]) for state in alive[1:]):
             raise SparsifinerError(
                 "activation checkpointing runs a block again, and its input may belong to any of several forward "
-                "passes; use checkpointing with use_reentrant=False, or one backward pass after each forward pass"
+                "passes; use checkpointing with use_reentrant=False, not nested, or one backward pass after each "
+                "forward pass"
             )
         return alive[0] if alive else self.current
 
@@ -218,7 +237,8 @@ class PatchGrid:
 
     def _note(self, x: Tensor, state: ForwardPass) -> None:
         self._passes[x] = state
-        self._alive.add(state)
+        with self._lock:
+            self._alive.add(state)
 
     def _enter(self, state: ForwardPass) -> None:
         self.latest = state

@@ -99,6 +99,8 @@ def check_reducible(model: nn.Module, layers: list[int], attention: tuple[type[n
         if not 0 <= layer < len(blocks):
             raise refuse(f"there is no block {layer}; they are numbered 0 to {len(blocks) - 1}")
         block = blocks[layer]
+        if sum(other is block for other in blocks) > 1:
+            raise refuse(f"block {layer} stands at several places of the model; give each a copy of its own")
         if type(block) is not Block:
             raise refuse(f"block {layer} is a {type(block).__name__}; only timm's Block can be taken apart")
         unmovable = why_not_movable(block) or why_not_movable(block.attn)

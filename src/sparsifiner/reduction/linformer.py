@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.layers.attention import Attention
@@ -74,7 +75,7 @@ def linformer(
             f"linformer cannot convert {type(model).__name__}: tokens are removed or merged in it; start from the "
             f"model as it was"
         )
-    names = [name for name, module in model.named_modules() if type(module) is Attention]
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if type(module) is Attention]
     if not names or getattr(model, "patch_embed", None) is None:
         raise SparsifinerError(f"{type(model).__name__} is no Vision Transformer with timm's standard attention")
     if not inplace:
@@ -84,8 +85,14 @@ def linformer(
         n_down = num_kept(check_keep_rate(keep_rate), grid.num_prefix_tokens + grid.num_patches)
     assert n_down is not None
     start = average_pooling(grid, max(grid.num_prefix_tokens + 1, n_down))
+    converted: dict[nn.Module, LinformerAttention] = {}
     for name in names:
-        model.set_submodule(name, LinformerAttention(model.get_submodule(name), start))  # type: ignore[arg-type]
+        dense: Any = model.get_submodule(name)
+        if type(dense) is not Attention:  # in a block that stands at several places
+            continue
+        if dense not in converted:
+            converted[dense] = LinformerAttention(dense, start)
+        model.set_submodule(name, converted[dense])
     return model
 
 

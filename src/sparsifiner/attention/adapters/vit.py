@@ -8,7 +8,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from ..layer import SparseAttention, refuse_mask
-from ..module_state import move_state
+from ..module_state import LEAF, move_state
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -38,6 +38,7 @@ class DenseVitAttention(Attention):
     def __init__(self, dense: Attention) -> None:
         nn.Module.__init__(self)
         move_state(dense, self)
+        vars(self)["__module__"] = LEAF
         self.train(dense.training)
 
 
