@@ -28,7 +28,7 @@ from sparsifiner.measure.latency import interleave_all
 from sparsifiner.measure.memory import measure_memory
 from sparsifiner.ops import cpu
 from sparsifiner.predictors import PooledConfig
-from sparsifiner.report.contents import this_machine
+from sparsifiner.report.machine import this_machine
 
 ALWAYS = SparsifinerConfig(keep_rate=0.1, mode="sparse")
 SMALL = "vit_small_patch16_224"

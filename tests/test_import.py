@@ -9,12 +9,14 @@ before = process_time()
 import timm
 after = process_time()
 import sparsifiner
+sparsifiner.sparsify, sparsifiner.models.load_model, sparsifiner.methods, sparsifiner.save_pretrained
 print((process_time() - after) / (after - before))
 """
 LISTED = """
 import timm, sys
 before = set(sys.modules)
 import sparsifiner
+sparsifiner.sparsify
 print(*(set(sys.modules) - before))
 print(*sparsifiner.methods.METHODS)
 """

@@ -13,11 +13,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import timm
-import torch
-from conftest import TINY
+from writers import WRITERS
 
-from sparsifiner import SparsifinerConfig, save_pretrained, sparsify
 from sparsifiner._utils import files
 from sparsifiner._utils.files import (
     check_file_writable,
@@ -29,11 +26,6 @@ from sparsifiner._utils.files import (
 )
 from sparsifiner.calibration.state import State
 from sparsifiner.cli import main
-from sparsifiner.evaluation.cell import DENSE, Row
-from sparsifiner.evaluation.figure import draw_pareto
-from sparsifiner.evaluation.results import save_rows
-from sparsifiner.training.checkpoint import Checkpoint, save_checkpoint
-from sparsifiner.training.student import save_model
 
 
 def left_over(folder: Path) -> list[str]:
@@ -276,40 +268,6 @@ def test_the_longest_names_can_be_written(tmp_path, name):
         temporary.write_text("newer")
     assert (tmp_path / name).read_text() == "newer"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def save_sparse(folder: Path) -> None:
-    model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()
-    save_pretrained(sparsify(model, SparsifinerConfig(mode="sparse", query_tile=(2, 2))), folder)
-
-
-def save_dense(folder: Path) -> None:
-    save_model(timm.create_model("vit_tiny_patch16_224", **TINY).eval(), folder)
-
-
-def save_state(folder: Path) -> None:
-    state = State(folder / "state", "test")
-    state.tensors["x"] = torch.zeros(3)
-    state.save()
-
-
-def save_training(folder: Path) -> None:
-    save_checkpoint(Checkpoint(recipe={}, phase=0, update=1, student={}), folder)
-
-
-def rows() -> list[Row]:
-    dense = Row(DENSE, hits=[True, False], mhsa_macs=5, mhsa_full_macs=5, total_macs=9, ms=1.0, dense_ms=1.0)
-    return [dense, Row(type(DENSE)("local", 0.5), hits=[True, True], mhsa_full_macs=3, ms=0.5, dense_ms=1.0)]
-
-
-WRITERS = {
-    "save_pretrained": (save_sparse, ("model.safetensors", "sparsifiner.json")),
-    "save_model": (save_dense, ("model.safetensors", "config.json")),
-    "calibration state": (save_state, ("state",)),
-    "training checkpoint": (save_training, ("checkpoint.pt",)),
-    "sweep": (lambda folder: save_rows(folder, {}, rows()), ("pareto.json", "pareto.csv")),
-    "figures": (lambda folder: draw_pareto(rows(), folder), ("pareto-macs.png", "pareto-ms.png")),
-}
 
 
 @pytest.mark.parametrize("writer", WRITERS)

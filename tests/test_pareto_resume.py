@@ -156,7 +156,7 @@ def test_an_interrupted_calibration_goes_on(sweep, tmp_path, monkeypatch, moment
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    place = "calibration.fit.reconstruction_loss" if moment == "in the fit" else "saving.write_atomically"
+    place = "calibration.fit.reconstruction_loss" if moment == "in the fit" else "saving.write_together"
     monkeypatch.setattr(f"sparsifiner.{place}", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(wanted, tmp_path / "again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -266,12 +267,15 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
 def test_files_of_two_saves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pretrained(sparsify(small_timm_model()), tmp_path)
 
-    def fail(path: Path, content: str) -> None:
-        raise KeyboardInterrupt
+    def stop_before_the_second(source: Path, target: Path, move=os.replace) -> None:
+        if target.name == CONFIG_NAME:
+            raise KeyboardInterrupt
+        move(source, target)
 
-    monkeypatch.setattr("sparsifiner.saving.write_atomically", fail)
-    with pytest.raises(KeyboardInterrupt):
-        save_pretrained(sparsify(small_timm_model()), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsifiner._utils.files.os.replace", stop_before_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            save_pretrained(sparsify(small_timm_model()), tmp_path)
     with pytest.raises(ValueError, match="a save was interrupted, or one file was changed alone; save the model again"):
         from_pretrained(tmp_path)
 

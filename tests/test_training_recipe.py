@@ -9,13 +9,14 @@ import timm
 import torch
 
 from sparsifiner import SparsifinerConfig, sparsify
+from sparsifiner._utils.settings_files import bundled_recipes
 from sparsifiner.config import TailConfig
 from sparsifiner.training import phases as phases_module
 from sparsifiner.training import student as student_module
 from sparsifiner.training import train
 from sparsifiner.training.phases import make_scheduler
 from sparsifiner.training.recipe import PhaseConfig, TrainConfig
-from sparsifiner.training.recipe_file import bundled_recipes, from_dict, load_recipe
+from sparsifiner.training.recipe_file import from_dict, load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = list(bundled_recipes().values())

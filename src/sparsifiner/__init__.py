@@ -1,29 +1,36 @@
-"""Sparse, instance-dependent attention for Vision Transformers (Wei et al., CVPR 2023)."""
+"""Sparse, instance-dependent attention for Vision Transformers (Wei et al., CVPR 2023).
 
+The parts are imported when they are first used: ``import sparsifiner`` itself imports neither torch nor timm.
+"""
+
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
-from . import functional, methods, models
-from .attention.adapters import register_adapter
-from .config import SparsifinerConfig
-from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
-from .geometry.tiling import Tiling
-from .measure.flops import count_flops
-from .ops import sparse_attention
-from .ops.connectivity import Connectivity
-from .ops.tail import Tail
-from .predictors import register_predictor
-from .recording import record
-from .reduction.pruning import kept_patches, prune_tokens, token_pruning, unprune_tokens
-from .saving import from_pretrained, save_pretrained
+from ._utils.on_import import import_after as _import_after
 
 if TYPE_CHECKING:
+    from . import functional, methods, models
+    from .attention.adapters import register_adapter
     from .calibration import calibrate
+    from .config import SparsifinerConfig
+    from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
+    from .errors import SparsifinerError
+    from .geometry.tiling import Tiling
+    from .measure.flops import count_flops
+    from .ops import sparse_attention
+    from .ops.connectivity import Connectivity
+    from .ops.tail import Tail
+    from .predictors import register_predictor
+    from .recording import record
+    from .reduction.pruning import kept_patches, prune_tokens, token_pruning, unprune_tokens
+    from .saving import from_pretrained, save_pretrained
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Connectivity",
     "SparsifinerConfig",
+    "SparsifinerError",
     "Tail",
     "Tiling",
     "calibrate",
@@ -48,10 +55,47 @@ __all__ = [
     "unprune_tokens",
 ]
 
+_HOMES = {
+    "Connectivity": "ops.connectivity",
+    "SparsifinerConfig": "config",
+    "SparsifinerError": "errors",
+    "Tail": "ops.tail",
+    "Tiling": "geometry.tiling",
+    "calibrate": "calibration",
+    "conversion": "convert",
+    "count_flops": "measure.flops",
+    "densify": "convert",
+    "from_pretrained": "saving",
+    "kept_patches": "reduction.pruning",
+    "prune_tokens": "reduction.pruning",
+    "record": "recording",
+    "register_adapter": "attention.adapters",
+    "register_predictor": "predictors",
+    "save_pretrained": "saving",
+    "set_keep_rate": "convert",
+    "sparse_attention": "ops",
+    "sparse_layers": "convert",
+    "sparsify": "convert",
+    "token_pruning": "reduction.pruning",
+    "unprune_tokens": "reduction.pruning",
+}
+"""Modules of the public names that are not modules themselves; the same as the imports above say to type checkers."""
+
+# Operations must be known to torch for torch.export.load, and the models to timm for timm.create_model.
+_import_after("torch", f"{__name__}.ops", by_others=True)
+_import_after("timm", f"{__name__}.models.builtin", f"{__name__}.models.lvvit")
+
 
 def __getattr__(name: str) -> Any:
-    if name == "calibrate":  # calibration is imported when it is asked for
-        from .calibration import calibrate
+    if name in _HOMES:
+        value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in __all__:
+        value = _import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return calibrate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

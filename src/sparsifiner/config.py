@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ._utils.checks import choose, flag, number, pair, plain, text
-from ._utils.messages import one_line, shown
-from ._utils.reading import parse_json, read_text
-from ._utils.yaml12 import load_yaml
+from ._utils.settings_files import read_configuration
 from .errors import SparsifinerError
 from .predictors import LowRankConfig, PooledConfig, PredictorConfig, RandomConfig, read_predictor_config
 
@@ -192,19 +190,10 @@ class SparsifinerConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> SparsifinerConfig:
         """Read a YAML or JSON file of settings; ``preset: paper`` starts from :meth:`paper`."""
-        path = Path(path)
-        try:
-            content = read_text(path)
-            settings = parse_json(content) if path.suffix == ".json" else load_yaml(content)
-        except OSError as error:
-            raise SparsifinerError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise SparsifinerError(f"{path} is not valid YAML or JSON: {one_line(error)}") from error
-        if not isinstance(settings, dict):
-            raise SparsifinerError(f"{path} must hold named settings such as 'keep_rate: 0.1', got {shown(settings)}")
+        settings = read_configuration(path)
         try:
             return cls.from_settings(settings)
-        except ValueError as error:
+        except SparsifinerError as error:
             raise SparsifinerError(f"{path}: {error}") from error
 
     @classmethod

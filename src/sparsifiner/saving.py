@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ._utils.description import check_description
 from ._utils.digest import state_digest
-from ._utils.files import make_folder, replacing, write_atomically
+from ._utils.files import make_folder, write_together
 from ._utils.messages import one_line
 from ._utils.reading import read_json
 from ._utils.trust import check_architecture, check_model_args, create_model
@@ -54,8 +55,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
 
     Where the pretrained weights the model started from are on this computer (in the package or in the
     Hugging Face cache), only the tensors that differ from them are written, the predictors above all, with
-    a fingerprint of the others. Each file is replaced whole; where a save was interrupted between the two,
-    :func:`from_pretrained` refuses the pair.
+    a fingerprint of the others. Both files are written beside those there are and take their places together; where a
+    save was interrupted in between, :func:`from_pretrained` refuses the pair.
 
     Args:
         model: the result of ``sparsify``, ``prune_tokens``, both, or a baseline on a model made by
@@ -67,7 +68,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     Raises:
         ValueError: if the model is not converted, not a timm model, of several dtypes, or the arguments do not
             rebuild it.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written, or the disk is full; an earlier save in it is as it was.
     """
     layers, pruning, baseline = converted = _conversions(model)
     if any(converted) and _is_hugging_face(model):
@@ -106,9 +107,12 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     settings["weights_fingerprint"] = state_digest(state)
     folder = Path(folder)
     make_folder(folder)
-    with replacing(folder / WEIGHTS_NAME) as temporary:
-        save_file(_without_aliases(state), temporary)
-    write_atomically(folder / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+    write_together(
+        {
+            folder / CONFIG_NAME: json.dumps(settings, indent=2) + "\n",
+            folder / WEIGHTS_NAME: partial(save_file, _without_aliases(state)),
+        }
+    )
 
 
 def is_converted(model: nn.Module) -> bool:

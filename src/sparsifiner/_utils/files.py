@@ -14,8 +14,8 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -92,28 +92,39 @@ def replacing(path: Path, *, sole_writer: bool = False) -> Iterator[Path]:
         OSError: if it cannot be written, naming ``path``; whatever a library in the block makes of a full disk, too.
             What ``path`` held is still there.
     """
-    temporary = None
-    try:
+    with _named(path):
         place = _Place.of(path)
         temporary = place.make_temporary(sole_writer)
-        yield temporary
-        place.fill_from(temporary)
-    except Exception as error:
-        cause = _disk_error(error)
-        own = (None, str(temporary), str(path))
-        if cause is None or cause.errno is None or (cause.errno not in _DISK_ERRORS and cause.filename not in own):
-            raise
-        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+    try:
+        with _named(path, temporary):
+            yield temporary
+            place.fill_from(temporary)
     finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that no reader ever sees half of it; links, devices and pipes as in :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_together(files: Mapping[Path, bytes | str | Callable[[Path], object]]) -> None:
+    """Write several files; none takes its place before the content of all is on the disk, and the first does last.
+
+    Args:
+        files: content by path, or a function that writes it to the path it is given.
+    """
+    with ExitStack() as stack:
+        temporaries = [stack.enter_context(replacing(path)) for path in files]
+        for temporary, (path, content) in zip(temporaries, files.items(), strict=True):
+            with _named(path, temporary):
+                if callable(content):
+                    content(temporary)
+                else:
+                    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+                _flush_to_disk(temporary)
 
 
 @dataclass(frozen=True)
@@ -264,10 +275,24 @@ def _flush_to_disk(file: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """A failed write in the block names ``path``, whatever a library made of it; other errors stay what they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(path), str(temporary)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        cause = _disk_error(error)
+        if cause is None:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno or 0), str(path)) from error
+
+
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The failed write behind ``error``: itself, or what a library has made another error of."""
-    if isinstance(error, OSError):
-        return error
+    """The failed write behind an error that a library has made of it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
 
 from ..errors import SparsifinerError
 from .messages import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor, nn
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+CROPPING = "centre, in one step"
+"""How :func:`crop` cuts, for results that are only comparable if they were cut alike."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,7 @@ def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
     Raises:
         ValueError: if the folder is missing, is no folder, or holds no readable picture.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise SparsifinerError(
-            f"the image folder {folder} does not exist; give one that holds jpg, png, webp, bmp or tif"
-        )
-    if not folder.is_dir():
-        raise SparsifinerError(f"{folder} is a file; give the folder that holds the images")
+    folder = check_folder(folder)
     try:
         files = _pictures(folder)
     except OSError as error:
@@ -85,6 +82,22 @@ def load_photos(folder: str | Path, limit: int | None = None) -> Photos:
             f"none of the {len(files)} images in {folder} can be read; the first is {name}: {reason}"
         )
     return Photos(photos, skipped, str(folder))
+
+
+def check_folder(folder: str | Path) -> Path:
+    """``folder`` as a path, if there is such a folder.
+
+    Raises:
+        ValueError: if it is missing or no folder.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise SparsifinerError(
+            f"the image folder {folder} does not exist; give one that holds jpg, png, webp, bmp or tif"
+        )
+    if not folder.is_dir():
+        raise SparsifinerError(f"{folder} is a file; give the folder that holds the images")
+    return folder
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -109,32 +122,96 @@ def bundled_photos(limit: int | None = None) -> Photos:
     return Photos(loaded.photos, loaded.skipped, "bundled photographs")
 
 
-def crop(image: Image, size: tuple[int, int]) -> Image:
-    """Resize the shorter side and crop the centre: ``image`` as it fills ``size``, rows and columns in pixels."""
+def crop(image: Image, size: tuple[int, int], share: float = 1.0, interpolation: str = "bicubic") -> Image:
+    """The centre of ``image`` as it fills ``size``.
+
+    Args:
+        image: a picture.
+        size: rows and columns in pixels.
+        share: of its height or width, whichever is short, that is seen.
+        interpolation: timm's name of how it is resized.
+    """
     from PIL import Image as Pillow
     from PIL import ImageOps
 
-    return ImageOps.fit(image, (size[1], size[0]), Pillow.Resampling.BICUBIC)
+    method = getattr(Pillow.Resampling, interpolation.upper(), Pillow.Resampling.BICUBIC)
+    return ImageOps.fit(image, (size[1], size[0]), method, bleed=(1 - share) / 2)
 
 
-def preprocess(model: nn.Module, size: tuple[int, int]) -> Callable[[Image], Tensor]:
-    """A function from an RGB image to ``[3, rows, columns]``, normalised as the model expects, float32.
+class Preparation:
+    """Photographs as a model takes them: cropped, then a tensor ``[channels, rows, columns]``, normalised, float32.
+
+    The same for reports, calibration and validation. What is seen of a photograph, how it is resized and normalised
+    follow timm's evaluation, but for the centre crop: timm resizes the whole picture to whole pixels and cuts them out,
+    so that its cut is up to half a pixel off the centre; here the part that is seen is resized in one step.
 
     Args:
-        model: a timm model; mean and standard deviation are those of its own configuration.
+        config: timm's data configuration of a model: mean, std, interpolation, crop_pct and crop_mode.
         size: rows and columns in pixels.
+        channels: of the model: 3, or 1 for grey.
+
+    Raises:
+        ValueError: for other channels, which no photograph has.
     """
-    import numpy
+
+    def __init__(self, config: Mapping[str, Any], size: tuple[int, int], channels: int = 3) -> None:
+        from timm.data import create_transform
+
+        if channels not in (1, 3):
+            raise SparsifinerError(
+                f"the model takes images of {channels} channels, and photographs have 3, or 1 in grey; measure it in "
+                f"Python on tensors of your own: sparsifiner.measure has the functions"
+            )
+        self.size, self.mode = size, "RGB" if channels == 3 else "L"
+        self.interpolation, crop_pct = config["interpolation"], config["crop_pct"]
+        # As timm does, which makes the picture a whole number of pixels: 224 / 0.9 is 248.
+        self.share = min(1.0, min(size) / max(1, math.floor(min(size) / crop_pct)))
+        steps = create_transform(
+            (channels, *size),
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=_per_channel(config["mean"], channels),
+            std=_per_channel(config["std"], channels),
+            crop_pct=crop_pct,
+            crop_mode=config.get("crop_mode"),
+        ).transforms
+        centred = config.get("crop_mode") in (None, "center")
+        self.cut, self.to_numbers = [] if centred else steps[:-2], steps[-2:]
+
+    def crop(self, image: Image) -> Image:
+        """What a model sees of ``image``, RGB or grey, in its size."""
+        image = image.convert(self.mode)
+        if not self.cut:
+            return crop(image, self.size, self.share, self.interpolation)
+        for step in self.cut:
+            image = step(image)
+        return image
+
+    def __call__(self, image: Image) -> Tensor:
+        numbers: Any = self.crop(image)
+        for step in self.to_numbers:
+            numbers = step(numbers)
+        return numbers
+
+
+def preprocess(model: nn.Module, size: tuple[int, int]) -> Preparation:
+    """The :class:`Preparation` of photographs for ``model``, a timm model, in ``size``, rows and columns in pixels."""
     from timm.data import resolve_model_data_config
 
-    config: dict[str, Any] = resolve_model_data_config(model)
-    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return Preparation(resolve_model_data_config(model), size, input_channels(model))
 
-    def transform(image: Image) -> Tensor:
-        pixels = torch.from_numpy(numpy.array(crop(image, size))).permute(2, 0, 1).float() / 255
-        return (pixels - mean) / std
 
-    return transform
+def input_channels(model: Any) -> int:
+    """Channels of the images that a timm model takes."""
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    return getattr(model, "in_chans", None) or getattr(projection, "in_channels", None) or 3
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One number per channel; grey gets the mean of three colours, and a single number is all channels'."""
+    if len(values) == 1:
+        return tuple(values) * channels
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def read_photo(file: Path) -> Image:

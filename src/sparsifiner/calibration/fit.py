@@ -344,7 +344,7 @@ class _Run:
         return summarise(before_layers, self.layers, tensors, len(self.images), len(images), held_out=held_out)
 
     def _generator(self, number: int, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + number) * 8 + stream)
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + number) * 8 + stream) % 2**63)
 
 
 def _watch_sparse(layer: SparseAttention) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.photos import load_photos, preprocess, read_photo
+from .._utils.photos import input_channels, load_photos, preprocess, read_photo
 from ..convert import sparse_layers
 from ..errors import SparsifinerError
 from ..geometry.patch_grid import check_size
@@ -94,7 +94,7 @@ def _size(model: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
     elif isinstance(size, int):
         size = (size, size)
     check_size(size, grid.patch_size)
-    _refuse_misfits(model, "pictures", (3, *size))
+    _refuse_misfits(model, "pictures", (1 if input_channels(model) == 1 else 3, *size))
     return size
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SparsifinerError
-from .arguments import check_dtype, parse_keep_rates, parse_sizes
+from .arguments import check_dtype, check_files, parse_keep_rates, parse_sizes
 from .console import output_console, say
 from .options import ConfigFile, Json, KeepRates, MaxTokens
 
@@ -41,9 +41,10 @@ def benchmark(
 ) -> None:
     """Measure sparse beside dense attention, interleaved in one process: medians, ratios, and where sparse pays."""
     rates, sizes, counts = parse_keep_rates(keep_rate), parse_sizes(img_size), _parse_counts(tokens)
-    dtypes = [name.strip() for name in dtype.split(",")]
+    dtypes = list(dict.fromkeys(name.strip() for name in dtype.split(",")))
     for name in dtypes:
         check_dtype(name)
+    check_files(config=config)
 
     import torch
     from rich.console import Console
@@ -56,7 +57,7 @@ def benchmark(
     from ..measure.benchmark import measure_model, measure_operator
     from ..measure.crossover import NEVER_WITH_BIAS, break_even
     from ..ops import cpu
-    from ..report.contents import this_machine
+    from ..report.machine import this_machine
 
     base = SparsifinerConfig() if config is None else SparsifinerConfig.from_file(config)
     models = {size: _build(model, size) for size in sizes}
@@ -156,11 +157,14 @@ def _build(model: str, size: tuple[int, int]) -> Any:
 
 
 def _parse_counts(text: str) -> list[int]:
-    """``"1024,4096"`` as whole numbers."""
+    """``"1024,4096"`` as whole numbers, those of square grids."""
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
-    if not counts or min(counts) < 64:
-        raise SparsifinerError(f"--tokens {text!r} must be whole numbers of at least 64, such as 1024,4096")
-    return counts
+    if not counts or min(counts) < 64 or max(counts) > 2**20:
+        raise SparsifinerError(
+            f"--tokens {text!r} must be whole numbers of at least 64, at most {2**20}, such as 1024,4096"
+        )
+    sides = dict.fromkeys(math.isqrt(count) for count in counts)  # each square grid once
+    return [side * side for side in sides]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json as jsonlib
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import SparsifinerError
-from .arguments import check_dtype, parse_device, parse_one_size
+from .arguments import check_device, check_dtype, check_files, parse_device, parse_one_size
 from .console import output_console, say
+from .failures import resumable
 from .options import ConfigFile, Device, Dtype, SavedModel
 
 STATE_NAME = "calibration-state.safetensors"
@@ -34,7 +36,7 @@ def calibrate(
     start: Annotated[str, typer.Option(help="lowrank: spectral, or current to go on from its weights.")] = "spectral",
     steps: Annotated[int, typer.Option(help="lowrank: steps of the reconstruction loss.", min=0)] = 200,
     learning_rate: Annotated[float, typer.Option(help="lowrank: relative to the size of the weights.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of what is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn at random.", min=0)] = 0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json: Annotated[
@@ -46,6 +48,9 @@ def calibrate(
 
     size = parse_one_size(img_size, "calibrate")
     check_dtype(dtype)
+    check_device(device)
+    check_files(config=config, images=images)
+    check_files(images=val_images)
     folder = check_writable(output)
 
     import torch
@@ -64,7 +69,7 @@ def calibrate(
     sparse = _sparse(loaded, settings, keep_rate).to(device=parse_device(device), dtype=getattr(torch, dtype))
     make_folder(folder)
     stderr = Console(stderr=True)
-    try:
+    with resumable(partial(say, stderr), partial(_kept, folder / STATE_NAME)):
         with progress_on(stderr) as progress:
             result = fit(
                 sparse,
@@ -80,12 +85,9 @@ def calibrate(
                 state=folder / STATE_NAME,
                 progress=progress,
             )
-    except KeyboardInterrupt:
-        say(stderr, f"{folder / STATE_NAME} holds what is done; the same command continues from it")
-        raise
-    save_pretrained(sparse, folder)
-    data = jsonlib.dumps(result.to_dict(), indent=2) + "\n"
-    write_atomically(folder / RESULT_NAME, data)
+        save_pretrained(sparse, folder)
+        data = jsonlib.dumps(result.to_dict(), indent=2) + "\n"
+        write_atomically(folder / RESULT_NAME, data)
     (folder / STATE_NAME).resolve().unlink()  # a link to another disk stays
     if json:
         print(data, end="")
@@ -93,6 +95,10 @@ def calibrate(
     stdout = output_console()
     stdout.print(result.table())
     say(stdout, f'saved: {folder}; load it with sparsifiner.from_pretrained("{folder}")')
+
+
+def _kept(state: Path) -> str:
+    return f"{state} holds what is done; the same command continues from it" if state.exists() else ""
 
 
 def _sparse(model, config, keep_rate):  # type: ignore[no-untyped-def]

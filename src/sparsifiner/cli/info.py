@@ -49,7 +49,7 @@ def gather_facts() -> dict[str, Any]:
 
     from .. import __version__
     from ..ops import OPERATIONS, choose_backend, cpu
-    from ..report.contents import this_machine
+    from ..report.machine import this_machine
 
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     choices = []

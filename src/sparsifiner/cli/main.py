@@ -2,71 +2,104 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-USER_ERROR, INTERRUPTED = 2, 130
+from .failures import explain
+
+DONE, USER_ERROR, INTERRUPTED, NO_READER = 0, 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run ``sparsifiner`` and exit: 0 when done, 2 after a user error, 130 when interrupted.
+    """Run ``sparsifiner`` and exit.
+
+    The exit code is 0 when done, 2 after a user error (one line on stderr), 1 after a defect of the program (a
+    traceback), 130 when interrupted, 141 where what reads its output has left (``sparsifiner info | head -1``).
 
     Args:
         arguments: those of the command line; ``sys.argv`` if None.
     """
     _silence_retries()
-    app = build_app()
-    code: Any
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
-            code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-        except KeyboardInterrupt:
-            code = INTERRUPTED
-        except Exception as error:
-            code = _explain(error)
-            if code is None:
-                raise
-    if code == INTERRUPTED:  # the parser turns the exception into the code
+    for stream in (sys.stdout, sys.stderr):  # an old terminal shows another letter, and the command goes on
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    before = threading.excepthook
+    threading.excepthook = _thread_failed
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _run(arguments)
+    finally:
+        threading.excepthook = before
+    if code == INTERRUPTED:
         _say("interrupted; no half-written file was left")
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    code: Any = DONE
+    try:
+        code = build_app()(args=None if arguments is None else list(arguments), standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # or Python does at its end, when nothing can be said any more
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:  # the parser's own, where what reads the output has left
+        return NO_READER if stop.code == 1 else USER_ERROR
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            _say(f"error: {explain(error)}")
+            return USER_ERROR
+        _discard_output()
+        return NO_READER
+    except Exception as error:
+        name = type(error).__name__
+        if name == "Abort":  # what the parser makes of an interruption
+            return INTERRUPTED
+        if name == "NoArgsIsHelpError":  # the help has been printed
+            return USER_ERROR
+        message = explain(error)
+        if message is None:
+            raise
+        if isinstance(error, OSError) and error.filename is None:
+            _discard_output()
+        _say(f"error: {message}")
+        return USER_ERROR
+    return code if isinstance(code, int) else DONE
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A writer in the background (TensorBoard's) whose disk is full: the next call of it says so, in one line."""
+    if failed.exc_value is None or explain(failed.exc_value) is None:
+        threading.__excepthook__(failed)
+
+
+def _discard_output() -> None:
+    """Let nothing more be written where writing has failed; Python would try at its end, and complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _silence_retries() -> None:
     """A download that fails is told in one line, without Hugging Face's own, unless the user has set how much it says.
 
-    The library read the variable when timm imported it; processes started from here will.
+    The library reads the variable when it is imported.
     """
     if "HF_HUB_VERBOSITY" in os.environ:
         return
-    from huggingface_hub.utils import logging
-
     os.environ["HF_HUB_VERBOSITY"] = "error"
-    logging.set_verbosity_error()
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import logging
 
-
-def _explain(error: Exception) -> int | None:
-    """Say what a user has to know about ``error``; the exit code, or None where it is a defect of ours."""
-    name = type(error).__name__
-    if name == "Abort":
-        return INTERRUPTED
-    if name == "NoArgsIsHelpError":  # the help has been printed
-        return USER_ERROR
-    if hasattr(error, "format_message"):  # a usage error of the command line parser
-        _say(f"error: {_one_line(error)}; see sparsifiner --help")
-        return USER_ERROR
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        _say("error: out of memory; use a smaller --img-size, a smaller model, or --dtype bfloat16")
-        return USER_ERROR
-    if isinstance(error, (ValueError, OSError)):
-        _say(f"error: {_one_line(error)}")
-        return USER_ERROR
-    return None
+        logging.set_verbosity_error()
 
 
 def build_app() -> Any:
@@ -114,11 +147,6 @@ def _common(
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def _one_line(error: BaseException) -> str:
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(message.split()).rstrip(".") or type(error).__name__
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **settings: Any) -> None:

@@ -9,7 +9,7 @@ import typer
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
-    from ..training.recipe_file import bundled_recipes
+    from .._utils.settings_files import bundled_recipes
 
     return [name for name in bundled_recipes() if name.startswith(incomplete)]
 

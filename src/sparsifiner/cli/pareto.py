@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SparsifinerError
-from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
+from .arguments import (
+    check_device,
+    check_dtype,
+    check_files,
+    option_words,
+    parse_device,
+    parse_keep_rates,
+    parse_one_size,
+)
 from .console import output_console, say
+from .failures import resumable
 from .options import RECIPE, BatchSize, DataFolder, DataSource, Device, Download, Dtype, ImageSize, Workers
 
 if TYPE_CHECKING:
@@ -57,6 +66,8 @@ def pareto(
     if recipe is None and overrides:
         raise SparsifinerError(f"{overrides[0]!r} changes a recipe, but there is none; name it with --recipe")
     check_dtype(dtype)
+    check_device(device)
+    check_files(recipe=recipe)
 
     import torch
     from rich.console import Console
@@ -89,13 +100,10 @@ def pareto(
         repeats=repeats,
     )  # fmt: skip
     stderr = Console(stderr=True)
-    try:
+    with resumable(partial(say, stderr), lambda: "the same command goes on from here" if output.exists() else ""):
         with option_words(), progress_on(stderr) as progress:
             rows = run_sweep(sweep, output, progress=progress, say=partial(say, stderr))
-    except KeyboardInterrupt:
-        say(stderr, "the same command goes on from here")
-        raise
-    figures = draw_pareto(rows, output)
+        figures = draw_pareto(rows, output)
     if json:
         print((output / RESULTS).read_text(), end="")
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import check_dtype, parse_device, parse_keep_rates, parse_sizes
+from .arguments import check_device, check_dtype, check_files, parse_device, parse_keep_rates, parse_sizes
 from .console import output_console, say
 from .options import ConfigFile, Device, Dtype, MaxTokens, SavedModel
 
@@ -46,6 +46,8 @@ def report(
 
     rates, sizes = parse_keep_rates(keep_rate), parse_sizes(img_size)
     check_dtype(dtype)
+    check_device(device)
+    check_files(config=config, images=images)
     folder = check_writable(output)
 
     import torch

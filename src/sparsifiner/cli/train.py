@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from .arguments import check_files
 from .console import say
+from .failures import resumable
 from .options import RECIPE
 
 
@@ -24,6 +26,8 @@ def train(
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
 ) -> None:
     """Train by a recipe: calibrating phases, distillation, classification. Stopped runs continue exactly."""
+    check_files(recipe=recipe)
+
     from rich.console import Console
 
     from .._utils.progress import progress_on
@@ -32,12 +36,8 @@ def train(
 
     config = load_recipe(recipe, overrides or [])
     stderr = Console(stderr=True)
-    try:
-        with progress_on(stderr) as progress:
-            result = run(config, output, cpu=cpu, progress=progress, say=partial(say, stderr))
-    except KeyboardInterrupt:
-        say(stderr, "the same command goes on from the last checkpoint")
-        raise
+    with resumable(partial(say, stderr), partial(_kept, output)), progress_on(stderr) as progress:
+        result = run(config, output, cpu=cpu, progress=progress, say=partial(say, stderr))
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -54,3 +54,9 @@ def train(
         say(stdout, f"{len(result.broken)} broken training images were replaced")
     written = [str(folder) for folder in (result.model, result.ema) if folder is not None]
     say(stdout, f"written: {' and '.join(written)}")
+
+
+def _kept(folder: Path) -> str:
+    from ..training.checkpoint import CHECKPOINT_NAME
+
+    return "the same command goes on from the last checkpoint" if (folder / CHECKPOINT_NAME).exists() else ""

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import check_dtype, option_words, parse_device, parse_keep_rates, parse_one_size
+from .arguments import (
+    check_device,
+    check_dtype,
+    check_files,
+    option_words,
+    parse_device,
+    parse_keep_rates,
+    parse_one_size,
+)
 from .console import output_console, say
 from .options import (
     BatchSize,
@@ -54,20 +62,23 @@ def validate(
     json: Json = False,
 ) -> None:
     """Top-1 and top-5 with their 95 % intervals, loss, FLOPs and images per second, beside the dense model's."""
+    from .._utils.files import check_file_writable, make_folder_of, write_atomically
+
     rates, size = parse_keep_rates(keep_rate), parse_one_size(img_size, "validate")
     check_dtype(dtype)
+    check_device(device)
+    check_files(config=config)
+    if output is not None:
+        check_file_writable(output)
 
     import torch
     from rich.console import Console
 
-    from .._utils.files import check_file_writable, make_folder_of, write_atomically
     from .._utils.progress import progress_on
     from ..config import SparsifinerConfig
     from ..evaluation import validate as run
     from ..training.recipe import DataConfig
 
-    if output is not None:
-        check_file_writable(output)
     stderr = Console(stderr=True)
     with option_words(), progress_on(stderr) as progress:
         images = DataConfig(

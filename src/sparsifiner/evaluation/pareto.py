@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from .._utils.digest import state_digest
 from .._utils.files import check_writable
+from .._utils.photos import CROPPING, input_channels
 from .._utils.progress import Progress
 from ..errors import SparsifinerError
 from ..measure import compare_latency, count_flops
@@ -80,6 +81,7 @@ class _Run:
         self.models = CellModels(sweep, folder, self.dense, self._samples, notify, say)
         self.common = {
             **sweep.common_settings(),
+            "cropping": CROPPING,
             "validation_images": len(source),
             "validation_digest": source_digest(source),
             "model_digest": self.models.model_digest,
@@ -90,7 +92,7 @@ class _Run:
 
     def _samples(self, source: ImageSource) -> Samples:
         normalisation = resolve_model_data_config(self.dense)
-        transform = validation_transform(self.size, normalisation)
+        transform = validation_transform(self.size, normalisation, input_channels(self.dense))
         return Samples(source, transform, 0, replace_broken=False)
 
     def all_cells(self) -> list[Row]:
@@ -123,7 +125,8 @@ class _Run:
     def _measure(self, model: nn.Module, row: Row) -> None:
         """Count, classify the images that are missing, and time."""
         sweep = self.sweep
-        x = torch.randn(sweep.batch_size, 3, *self.size, generator=torch.Generator().manual_seed(0))
+        shape = sweep.batch_size, input_channels(self.dense), *self.size
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         x = x.to(sweep.device, sweep.dtype)
         if not row.total_macs:
             flops = count_flops(model, x[:1])

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .._utils.files import make_folder, write_atomically
+from .._utils.files import make_folder, write_together
 from ..errors import SparsifinerError
 from .cell import DENSE, Cell, Row
 
@@ -54,16 +54,19 @@ def load_rows(folder: Path, common: dict[str, Any] | None = None) -> dict[Cell, 
 
 
 def save_rows(folder: Path, common: dict[str, Any], rows: Iterable[Row]) -> None:
-    """Write ``pareto.json`` and ``pareto.csv``, each whole or not at all."""
+    """Write ``pareto.json`` and ``pareto.csv``, both or none.
+
+    Raises:
+        OSError: if they cannot be written; what they held is still there.
+    """
     make_folder(folder)
     rows = list(rows)
     content = {**common, "rows": [row.to_dict() for row in rows]}
-    write_atomically(folder / RESULTS, json.dumps(content, indent=1) + "\n")
     text = io.StringIO()
     table = csv.DictWriter(text, list(table_row(rows[0], rows)), lineterminator="\n")
     table.writeheader()
     table.writerows(table_row(row, rows) for row in rows)
-    write_atomically(folder / TABLE, text.getvalue())
+    write_together({folder / RESULTS: json.dumps(content, indent=1) + "\n", folder / TABLE: text.getvalue()})
 
 
 def table_row(row: Row, rows: Iterable[Row]) -> dict[str, Any]:

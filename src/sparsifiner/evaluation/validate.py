@@ -11,6 +11,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from .._utils.photos import input_channels
 from .._utils.progress import Progress
 from ..config import SparsifinerConfig
 from ..convert import always_sparse, find_sparse_layers, is_sparse, set_keep_rate, sparsify
@@ -143,13 +144,13 @@ def validate(
             f"{title} has no attention with a keep rate ({_describe(converted)}); leave the keep rates out"
         )
     size = data.size or tuple(loaded.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
-    transform = validation_transform((size[0], size[1]), resolve_model_data_config(loaded))
+    channels = input_channels(loaded)
+    transform = validation_transform((size[0], size[1]), resolve_model_data_config(loaded), channels)
     samples = Samples(source, transform, 0, replace_broken=False)
-    x = torch.randn(min(batch_size, len(source)), 3, *size, generator=torch.Generator().manual_seed(0)).to(
-        device, dtype
-    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(min(batch_size, len(source)), channels, *size, generator=generator).to(device, dtype)
     variants: list[tuple[nn.Module, float | None]] = [] if dense is None else [(dense, None)]
-    variants += [(converted, rate) for rate in keep_rates or (None,)]
+    variants += [(converted, rate) for rate in dict.fromkeys(keep_rates) or (None,)]
     rows: list[ValidationRow] = []
     broken: dict[str, str] = {}
     for variant, rate in variants:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -340,4 +339,4 @@ def check_image_size(model: Any, size: tuple[int, int]) -> None:
     embed = getattr(model, "patch_embed", None)
     patch_size = getattr(embed, "patch_size", None)
     if patch_size is not None and not getattr(embed, "dynamic_img_pad", False):
-        check_size(size, to_2tuple(patch_size))
+        check_size(size, (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size))

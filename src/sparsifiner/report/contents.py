@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..measure.crossover import BreakEven
 from ..measure.fidelity import Fidelity
 from ..measure.flops import FlopReport
 from ..measure.latency import Timings
 from ..measure.memory import PeakMemory
+from .machine import Machine
 
 FORMAT = 1
 _TIE = 0.03  # medians closer than this are called equal
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Machine that the measurements were made on."""
-
-    processor: str
-    device: str
-    threads: int
-    system: str
-    python: str
-    torch: str
 
 
 @dataclass(frozen=True)
@@ -201,28 +185,6 @@ class Report:
         return list(groups.values())
 
 
-def this_machine(device: torch.device) -> Machine:
-    """Processor, device and versions, for the report."""
-    name = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return Machine(
-        processor=_processor(),
-        device=name,
-        threads=torch.get_num_threads(),
-        system=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        torch=torch.__version__,
-    )
-
-
 def seconds(value: float) -> str:
     """``12.3 ms`` or ``1.23 s``."""
     return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} logical cores"

@@ -7,20 +7,21 @@ import io
 from importlib import resources
 from pathlib import Path
 
-from .._utils.files import check_writable, make_folder, write_atomically
+from .._utils.files import check_writable, make_folder, write_together
 from ..measure.crossover import BreakEven
 from .contents import Report, seconds
 from .rows import layer_rows, macs, macs_share, table_rows
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
-    """Write the pictures, ``report.html`` and ``report.json`` to ``folder``, each whole or not at all.
+    """Write the pictures, ``report.html`` and ``report.json`` to ``folder``, all of them or none.
 
     Returns:
         The files written; the two reports last.
 
     Raises:
         ValueError: if the folder cannot be written.
+        OSError: if the disk is full; an earlier report is as it was.
     """
     folder = check_writable(folder)
     make_folder(folder)
@@ -29,8 +30,8 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
         "report.html": render_html(report),
         "report.json": report.to_json(),
     }
-    for name, content in files.items():
-        write_atomically(folder / name, content)
+    # Named first, moved last: the page comes when all it shows is there.
+    write_together({folder / name: content for name, content in reversed(files.items())})
     return [folder / name for name in files]
 
 

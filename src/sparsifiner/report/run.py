@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from .._utils.photos import Photos, crop, preprocess
+from .._utils.photos import Photos, Preparation, preprocess
 from .._utils.progress import Progress
 from ..attention.policy import check_fit
 from ..config import SparsifinerConfig
@@ -23,7 +24,8 @@ from ..measure.flops import FlopReport, count_flops
 from ..measure.latency import compare_latency
 from ..measure.memory import PeakMemory, measure_memory
 from ..models import load_model
-from .contents import Case, Report, this_machine
+from .contents import Case, Report
+from .machine import this_machine
 from .maps import attention_maps
 from .pictures import draw_maps
 
@@ -81,7 +83,7 @@ def run_report(settings: Settings, photos: Photos, progress: Progress | None = N
     notify = progress or (lambda stage, done, total: None)
     found = _Collected([], [], {}, {})
     notify("loading the model", 0, 1)
-    sizes: list[tuple[int, int] | None] = list(settings.image_sizes) or [None]
+    sizes: list[tuple[int, int] | None] = list(dict.fromkeys(settings.image_sizes)) or [None]
     dense, sparse = _load_pair(settings, sizes[0])
     _check_sizes(dense, sparse, settings.image_sizes)
     for number, size in enumerate(sizes):
@@ -121,13 +123,13 @@ def _measure_size(
     label = f"{size[0]} px" if size[0] == size[1] else f"{size[0]}x{size[1]} px"
 
     def image(number: int) -> Tensor:
-        return transform(photos.photos[number].image)[None].to(settings.device, settings.dtype)
+        return _tensor(settings, transform, photos.photos[number].image)
 
     x = image(0)
     notify(f"{label}: counting FLOPs", 0, 1)
     flops_dense = count_flops(dense, x)
     memory_dense = _memory(settings, dense, x, "dense", found, notify, label)
-    rates: tuple[float | tuple[float, ...], ...] = settings.keep_rates or (_rates_of(sparse),)
+    rates: tuple[float | tuple[float, ...], ...] = tuple(dict.fromkeys(settings.keep_rates)) or (_rates_of(sparse),)
     for rate in rates:
         set_keep_rate(sparse, rate)
         stage = f"{label}, keep {rate:g}" if isinstance(rate, float) else label
@@ -160,7 +162,7 @@ def _measure_size(
         memory_sparse = _memory(settings, sparse, x, "sparse", found, notify, stage)
         pictures = []
         if any(layer.sparse for layer in flops_sparse.layers):
-            pictures = _draw(settings, photos, dense, sparse, size, image, stage, found, notify)
+            pictures = _draw(settings, photos, dense, sparse, transform, stage, found, notify)
         layer = next(iter(sparse_layers(sparse).values()))
         found.cases.append(
             Case(
@@ -179,6 +181,11 @@ def _measure_size(
                 pictures=pictures,
             )
         )
+
+
+def _tensor(settings: Settings, transform: Preparation, image: Image) -> Tensor:
+    """One photograph as a batch ``[1, channels, rows, columns]``."""
+    return transform(image)[None].to(settings.device, settings.dtype)
 
 
 def _noting(image: Callable[[int], Tensor], count: int, notify: Callable[[int, int], None]) -> Iterator[Tensor]:
@@ -209,20 +216,20 @@ def _draw(
     photos: Photos,
     dense: nn.Module,
     sparse: nn.Module,
-    size: tuple[int, int],
-    image: Callable[[int], Tensor],
+    transform: Preparation,
     stage: str,
     found: _Collected,
     notify: Progress,
 ) -> list[str]:
-    names = []
+    names, size = [], transform.size
     shown = photos.photos[: settings.pictures]
     rate = stage.partition("keep ")[2] or "own"
     for number, photo in enumerate(shown):
         notify(f"{stage}: pictures", number, len(shown))
         name = f"attention-{number + 1:02d}-{size[0]}x{size[1]}-keep-{rate}.png"
-        maps = attention_maps(dense, sparse, image(number))
-        found.pictures[name] = draw_maps(crop(photo.image, size), maps, title=f"{photo.name}, {stage}")
+        maps = attention_maps(dense, sparse, _tensor(settings, transform, photo.image))
+        seen = transform.crop(photo.image).convert("RGB")
+        found.pictures[name] = draw_maps(seen, maps, title=f"{photo.name}, {stage}")
         names.append(name)
     if shown:
         notify(f"{stage}: pictures", len(shown), len(shown))

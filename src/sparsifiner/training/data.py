@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .._utils.messages import one_line
+from .._utils.photos import Preparation
 from ..errors import SparsifinerError
 from ..measure.accuracy import Batch
 from .randomness import seed_of, seeded
@@ -154,14 +155,22 @@ def mixing(augment: AugmentConfig, num_classes: int) -> Callable[[Tensor, Tensor
     )
 
 
-def train_transform(config: AugmentConfig, size: tuple[int, int], normalisation: dict[str, Any]) -> Transform:
+def train_transform(
+    config: AugmentConfig, size: tuple[int, int], normalisation: dict[str, Any], channels: int = 3
+) -> Transform:
     """timm's augmentation as ``config`` wants it.
 
     Args:
         config: what to do.
         size: rows and columns in pixels.
         normalisation: timm's data configuration of the model: mean, std, interpolation.
+        channels: of the model.
+
+    Raises:
+        ValueError: for other models than those of colour images.
     """
+    if channels != 3:
+        raise SparsifinerError(f"training takes models of 3 input channels, and this one has {channels}")
     from timm.data import create_transform
 
     return create_transform(
@@ -179,16 +188,6 @@ def train_transform(config: AugmentConfig, size: tuple[int, int], normalisation:
     )
 
 
-def validation_transform(size: tuple[int, int], normalisation: dict[str, Any]) -> Transform:
-    """Resize and centre crop as the model's own configuration says."""
-    from timm.data import create_transform
-
-    return create_transform(
-        (3, *size),
-        is_training=False,
-        interpolation=normalisation["interpolation"],
-        mean=normalisation["mean"],
-        std=normalisation["std"],
-        crop_pct=normalisation["crop_pct"],
-        crop_mode=normalisation.get("crop_mode"),
-    )
+def validation_transform(size: tuple[int, int], normalisation: dict[str, Any], channels: int = 3) -> Transform:
+    """Photographs as reports see them, too, and as the model's own configuration says."""
+    return Preparation(normalisation, size, channels)

@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .._utils.files import check_writable, make_folder, write_atomically
+from .._utils.photos import input_channels
 from .._utils.progress import Progress
 from ..convert import always_sparse
 from ..errors import SparsifinerError
@@ -135,7 +136,7 @@ class Run:
             teacher.to(accelerator.device)
         normalisation = resolve_model_data_config(student)
         size = data.size or tuple(student.patch_embed.img_size)  # type: ignore[union-attr, arg-type]
-        self.transform = train_transform(config.augment, size, normalisation)
+        self.transform = train_transform(config.augment, size, normalisation, input_channels(student))
         self.val_samples = None
         if val_source is not None and self._head_fits(val_source):
             transform = validation_transform(size, normalisation)

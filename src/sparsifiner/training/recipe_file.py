@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .._utils.checks import choose
 from .._utils.messages import one_line, shown
-from .._utils.reading import read_text
+from .._utils.settings_files import locate_recipe, read_recipe
 from .._utils.yaml12 import load_yaml
 from ..errors import SparsifinerError
 from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
@@ -19,12 +18,6 @@ from .recipe import AugmentConfig, DataConfig, PhaseConfig, TrainConfig
 WITHOUT_CONSEQUENCE = {"log_every", "checkpoint_every", "trackers", "data.workers", "data.path", "data.download"}
 
 T = TypeVar("T")
-
-
-def bundled_recipes() -> dict[str, Path]:
-    """Recipes that ship with the package: name and file of each, sorted by name."""
-    folder = Path(str(files("sparsifiner") / "data" / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -38,30 +31,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ValueError: in one line, if the file cannot be read or something in it is unknown or out of range.
     """
-    path = _locate(Path(path))
-    try:
-        settings = load_yaml(read_text(path))
-    except OSError as error:
-        raise SparsifinerError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise SparsifinerError(f"{path} is not valid YAML: {one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise SparsifinerError(f"{path} must hold named settings such as 'model: builtin', got {shown(settings)}")
+    path = locate_recipe(path)
+    settings = read_recipe(path)
     for override in overrides:
         _override(settings, override)
     try:
         return from_dict(settings)
-    except ValueError as error:
+    except SparsifinerError as error:
         raise SparsifinerError(f"{path}: {error}") from error
-
-
-def _locate(path: Path) -> Path:
-    """The file of a recipe; a bare name without suffix means a bundled one, unless a file is called so."""
-    if path.suffix or path.name != str(path) or path.is_file():
-        return path
-    bundled = bundled_recipes()
-    choose("recipe", path.name, tuple(bundled))
-    return bundled[path.name]
 
 
 def from_dict(settings: Mapping[str, Any]) -> TrainConfig:

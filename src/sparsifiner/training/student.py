@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.models import save_for_hf
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .._utils.files import make_folder, replacing
+from .._utils.files import make_folder, write_together
 from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..errors import SparsifinerError
 from ..methods import convert_with
@@ -108,14 +108,17 @@ def save_model(model: nn.Module, folder: Path) -> None:
     """Write a trained model: a converted one as ``save_pretrained`` does, a dense one in timm's own format.
 
     Either folder is a model name for ``load_model``.
+
+    Raises:
+        OSError: if the folder cannot be written; what it held is still there.
     """
     if is_converted(model):
         save_pretrained(model, folder)
         return
     make_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        save_for_hf(model, made, safe_serialization=True)
-        for name in ("model.safetensors", "config.json"):
-            # It sets the mode, too: safetensors makes files that nobody else may read.
-            with replacing(folder / name) as temporary:
-                os.replace(Path(made) / name, temporary)
+    write_together(
+        {
+            folder / "config.json": partial(save_config_for_hf, model),
+            folder / "model.safetensors": partial(save_file, model.state_dict()),
+        }
+    )
