@@ -81,10 +81,10 @@ class _Run:
         self.models = CellModels(sweep, folder, self.dense, self._samples, notify, say)
         self.common = {
             **sweep.common_settings(),
-            "cropping": CROPPING,
             "validation_images": len(source),
             "validation_digest": source_digest(source),
             "model_digest": self.models.model_digest,
+            "cropping": CROPPING,
         }
         self.rows = load_rows(folder, self.common)
         self.samples = self._samples(source)
