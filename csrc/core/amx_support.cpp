@@ -4,10 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
+
+#include "core/aligned_memory.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
@@ -18,8 +19,8 @@
 namespace sparsifiner {
 namespace {
 
-std::unique_ptr<void, decltype(&std::free)> aligned(std::size_t bytes) {
-  return {std::aligned_alloc(64, (bytes + 63) / 64 * 64), &std::free};
+std::unique_ptr<void, decltype(&release_aligned)> aligned(std::size_t bytes) {
+  return {allocate_aligned(64, (bytes + 63) / 64 * 64), &release_aligned};
 }
 
 struct Matrix {

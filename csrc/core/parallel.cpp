@@ -1,13 +1,14 @@
 #include "core/parallel.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "core/aligned_memory.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -59,7 +60,7 @@ GompParallel gomp_parallel() {
 struct ThreadScratch {
   void* memory = nullptr;
   std::size_t size = 0;
-  ~ThreadScratch() { std::free(memory); }
+  ~ThreadScratch() { release_aligned(memory); }
 };
 
 }  // namespace
@@ -86,10 +87,10 @@ void parallel_items(int64_t items, int threads, void (*body)(void*, int64_t), vo
 void* scratch(std::size_t bytes) {
   thread_local ThreadScratch block;
   if (block.size < bytes) {
-    std::free(block.memory);
+    release_aligned(block.memory);
     block.size = 0;
     const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
-    block.memory = std::aligned_alloc(4096, rounded);
+    block.memory = allocate_aligned(4096, rounded);
     if (block.memory == nullptr) throw std::bad_alloc();
     block.size = rounded;
   }

@@ -3,10 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <utility>
+
+#include "core/aligned_memory.h"
 
 namespace sparsifiner {
 
@@ -20,7 +21,7 @@ struct MemoryBlock {
 };
 
 struct CachedBlock : MemoryBlock {
-  ~CachedBlock() { std::free(data); }
+  ~CachedBlock() { release_aligned(data); }
 };
 
 inline thread_local CachedBlock cached_block;
@@ -30,7 +31,7 @@ struct Recycle {
   void operator()(char* data) const {
     MemoryBlock block{data, bytes};
     if (bytes <= kCachedBytes && bytes > cached_block.bytes) std::swap(block, static_cast<MemoryBlock&>(cached_block));
-    std::free(block.data);
+    release_aligned(block.data);
   }
 };
 using SharedBuffer = std::unique_ptr<char, Recycle>;
@@ -42,7 +43,7 @@ inline SharedBuffer allocate(int64_t bytes) {
     const MemoryBlock block = std::exchange(static_cast<MemoryBlock&>(cached_block), {});
     return SharedBuffer(block.data, Recycle{block.bytes});
   }
-  SharedBuffer memory(static_cast<char*>(std::aligned_alloc(64, rounded)), Recycle{rounded});
+  SharedBuffer memory(static_cast<char*>(allocate_aligned(64, rounded)), Recycle{rounded});
   if (!memory) throw std::bad_alloc();
   return memory;
 }
