@@ -99,3 +99,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Last, since what is imported where transformers is there already takes names from here.
+_import_after("transformers.modeling_utils", f"{__name__}.attention.adapters.transformers_import")

@@ -18,7 +18,7 @@ def import_after(package: str, *modules: str, by_others: bool = False) -> None:
     It costs nothing where the package is never imported.
 
     Args:
-        package: a top-level package.
+        package: full name of a package or module.
         modules: full names; they may import the package themselves, and nothing of this library that imports it.
         by_others: not where a module of this library imports the package. ``modules`` may then need what they like of
             the library, which would be half there otherwise, and is left to import them where it needs them.

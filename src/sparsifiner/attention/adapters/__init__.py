@@ -6,7 +6,6 @@ from .refused import REFUSED, Refusal
 from .registry import Adapter, find_adapter, register_adapter
 from .rope import SparseEvaAttention, SparseRopeAttention
 from .scored import SparseScoredAttention
-from .transformers_import import watch
 from .vit import SparseVitAttention
 
 __all__ = ["REFUSED", "Adapter", "Refusal", "find_adapter", "register_adapter"]
@@ -21,5 +20,3 @@ for _adapter in (
     SparseMultiheadAttention,
 ):
     register_adapter(_adapter.dense_class, _adapter)
-
-watch()
