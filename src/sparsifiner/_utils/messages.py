@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
+LOGGER = logging.getLogger("sparsifiner")
+"""Lines that the library logs while it works, where the caller gives no function of its own."""
+
 
 def one_line(error: BaseException) -> str:
     """Text of ``error`` with line breaks folded, or its name if it has none.

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from .._utils.digest import state_digest
 from .._utils.files import check_writable
+from .._utils.messages import LOGGER
 from .._utils.photos import CROPPING, input_channels
 from .._utils.progress import Progress
 from ..errors import SparsifinerError
@@ -51,7 +52,7 @@ def run_sweep(
         sweep: what to compare.
         output: folder for ``pareto.json`` and a folder of each cell that is fitted.
         progress: told what is being done.
-        say: told a line of text per finished cell.
+        say: called with a line of text per finished cell; the logger ``sparsifiner`` if None.
 
     Returns:
         All rows in ``output``, dense first.
@@ -60,7 +61,7 @@ def run_sweep(
         ValueError: in one line, if the model, the data or an earlier sweep in ``output`` do not fit.
     """
     folder = check_writable(output)
-    return _Run(sweep, folder, progress or (lambda *_: None), say or (lambda _: None)).all_cells()
+    return _Run(sweep, folder, progress or (lambda *_: None), say or LOGGER.info).all_cells()
 
 
 class _Run:

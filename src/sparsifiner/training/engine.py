@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .._utils.files import check_writable, make_folder, write_atomically
+from .._utils.messages import LOGGER
 from .._utils.photos import input_channels
 from .._utils.progress import Progress
 from ..convert import always_sparse
@@ -74,7 +75,7 @@ def train(
         output: folder for ``model``, ``ema``, ``checkpoint.pt``, ``history.json`` and ``result.json``.
         cpu: stay on the CPU.
         progress: told how far each phase is.
-        say: told a line of text now and then.
+        say: called with a line of text now and then; the logger ``sparsifiner`` if None.
         on_update: called after each optimiser step with the number of its phase and of the step.
 
     Raises:
@@ -84,7 +85,7 @@ def train(
     accelerator = make_accelerator(config, folder, cpu=cpu)
     # The state outside is put back: a library does not reseed its caller.
     with seeded(config.seed), deterministic_algorithms(config.deterministic):
-        run = Run(config, folder, accelerator, progress or (lambda *_: None), say or (lambda _: None), on_update)
+        run = Run(config, folder, accelerator, progress or (lambda *_: None), say or LOGGER.info, on_update)
         try:
             return run.all_phases()
         finally:

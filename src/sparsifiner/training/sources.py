@@ -51,7 +51,7 @@ class ImageSource(ABC):
 
 
 class FolderSource(ImageSource):
-    """One subfolder per class, or with ``labelled=False`` any folder tree; sorted by path."""
+    """One subfolder per class, as torchvision's ``ImageFolder`` has it, or any tree with ``labelled=False``."""
 
     def __init__(self, folder: Path, *, labelled: bool) -> None:
         if not folder.is_dir():
@@ -62,14 +62,16 @@ class FolderSource(ImageSource):
                 raise SparsifinerError(
                     f"{folder} holds no folder per class; for images without labels set data.source=images"
                 )
-        roots = [folder / name for name in self.classes] if self.classes else [folder]
         self.root = folder
-        self.items = [
-            (path, number if labelled else -1)
-            for number, root in enumerate(roots)
-            for path in sorted(root.rglob("*"))
-            if path.suffix.lower() in SUFFIXES and path.is_file()
-        ]
+        if self.classes:
+            from torchvision.datasets.folder import make_dataset
+
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            found = make_dataset(str(folder), numbers, extensions=SUFFIXES, allow_empty=True)
+            self.items = [(Path(path), number) for path, number in found]
+        else:
+            files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+            self.items = [(path, -1) for path in files if path.is_file()]
         if not self.items:
             raise SparsifinerError(f"{folder} holds no image; expected {', '.join(SUFFIXES)} files in it")
 
