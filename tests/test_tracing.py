@@ -43,3 +43,15 @@ def test_a_traced_model_follows_its_own_images(tiny_vit, images) -> None:
         for batch in (1, 5):
             y = images(batch, 3, 32, 32)
             torch.testing.assert_close(exported.module()(y), sparse(y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["pruned", "pruned and sparse", "merged"])
+def test_a_traced_model_whose_tokens_leave_follows_its_own_images(kind, tiny_vit, images) -> None:
+    model, x = tiny_vit().eval(), images(2, 3, 32, 32)
+    model = merge_tokens(model, 8) if kind == "merged" else prune_tokens(model, layers=(0,), fuse=True)
+    model = sparsify(model, CONFIG) if kind == "pruned and sparse" else model
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        for other in (x.flip(-1), images(5, 3, 32, 32)):
+            torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)

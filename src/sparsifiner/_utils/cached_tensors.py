@@ -26,7 +26,7 @@ def cached_tensors(make: Callable[..., Made]) -> Callable[..., Made]:
 
     @wraps(make)
     def made(*args: object) -> Made:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
             return make(*args)
         return kept(*args)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def num_tokens_of(x: Tensor) -> int:
+    """Length of ``[B, N, C]`` as a key of its state, which a size that ``torch.jit.trace`` follows cannot be."""
+    return int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
 
 
 class ForwardPass:

@@ -104,6 +104,7 @@ class PatchGrid:
     def tiling(self, tile: tuple[int, int], num_tokens: int) -> Tiling:
         """The query tiles of a sequence of ``num_tokens`` tokens, of the patches that it still holds."""
         state = self.current
+        num_tokens = int(num_tokens) if torch.jit.is_tracing() else num_tokens
         positions = state.kept.get(num_tokens)
         if positions is None:
             if state.num_frames > 1:

@@ -102,6 +102,8 @@ class SubsetTiling(Tiling):
 
 def z_order(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Place of each patch along the Z-order (Morton) curve of the grid, int64 ``[num_patches]``, with gaps."""
+    if torch.jit.is_tracing():  # whose sizes are tensors
+        grid = (int(grid[0]), int(grid[1]))
     return _z_order(grid).to(device)
 
 

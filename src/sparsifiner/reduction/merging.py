@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..attention.adapters.scored import dense_attention
 from ..attention.adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..errors import SparsifinerError
+from ..geometry.forward_pass import num_tokens_of
 from ..geometry.patch_grid import PatchGrid, follow_grid
 from .blocks import ReducingBlock, check_reducible, refuse_maps
 from .pruning import take_tokens
@@ -50,18 +51,18 @@ class MergingBlock(ReducingBlock):
         return ("count", "grid")
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.attn(x, self.grid.current.sizes.get(x.shape[1]))
+        return self.attn(x, self.grid.current.sizes.get(num_tokens_of(x)))
 
     def reduce(self, x: Tensor, seen: Tensor) -> Tensor:
         first, known = self.grid.num_prefix_tokens, self.grid.current.sizes
-        count = min(self.count, (x.shape[1] - first) // 2)
+        count = min(self.count, (num_tokens_of(x) - first) // 2)
         if not count:
             return x
-        sizes = known.get(x.shape[1])
+        sizes = known.get(num_tokens_of(x))
         sizes = x.new_ones(x.shape[:2], dtype=torch.float32) if sizes is None else sizes
         merged, left, into = match_tokens(seen[:, first:], count)
         x, sizes = merge_matched(x, sizes, first, merged, left, into)
-        known[x.shape[1]] = sizes
+        known[num_tokens_of(x)] = sizes
         return x
 
     def extra_repr(self) -> str:

@@ -20,6 +20,7 @@ from ..attention.layer import SparseAttention
 from ..config import check_keep_rate
 from ..errors import SparsifinerError
 from ..geometry.counting import num_kept
+from ..geometry.forward_pass import num_tokens_of
 from ..geometry.patch_grid import PatchGrid, drop_unused_grids, find_grid, follow_grid
 from ..geometry.subset import z_order
 from ..ops.topk import top_keys
@@ -89,7 +90,7 @@ class PruningBlock(ReducingBlock):
         return ("grid", "share", "fuse")
 
     def reduce(self, x: Tensor, seen: Tensor) -> Tensor:
-        num_tokens = x.shape[1]
+        num_tokens = num_tokens_of(x)
         first = self.grid.num_prefix_tokens
         state = self.grid.current
         before = state.kept.get(num_tokens)
@@ -114,7 +115,7 @@ class PruningBlock(ReducingBlock):
             total = weight.sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
             parts.insert(1, (weight[..., None] * x[:, first:]).sum(1, keepdim=True) / total[..., None])
         x = torch.cat(parts, dim=1)
-        state.kept[x.shape[1]] = positions
+        state.kept[num_tokens_of(x)] = positions
         return x
 
     def extra_repr(self) -> str:
