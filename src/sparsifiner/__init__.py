@@ -4,6 +4,7 @@ The parts are imported when they are first used: ``import sparsifiner`` itself i
 """
 
 from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING, Any
 
 from ._utils.on_import import import_after as _import_after
@@ -89,7 +90,7 @@ _import_after("timm", f"{__name__}.models.builtin", f"{__name__}.models.lvvit")
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
-    elif name in __all__:
+    elif not name.startswith("_") and _find_spec(f"{__name__}.{name}") is not None:
         value = _import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
