@@ -155,7 +155,13 @@ def model_row(machine: Machine, name: str, size: int, batch: int, compiled: bool
 
     dense = timm.create_model(name, img_size=size, num_classes=0).eval()
     config = SparsifinerConfig.from_dict(
-        {"keep_rate": 0.1, "query_tile": (4, 4) if machine.dry else (8, 8), "mode": "sparse", "screen_from": None}
+        {
+            "keep_rate": 0.1,
+            "query_tile": (4, 4) if machine.dry else (8, 8),
+            "mode": "sparse",
+            "screen_from": None,
+            "backend": "auto" if machine.dry else "triton",
+        }
     )
     models: dict[str, Any] = {"dense": dense, "sparse": sparsify(dense, config)}
     models = {key: model.to(machine.device, machine.dtype) for key, model in models.items()}

@@ -106,5 +106,5 @@ register_backend(
     device_type=("cuda", "cpu") if interpreted() else "cuda",
     kernels={operation: _kernel(operation) for operation in _MODULES},
     why_not=why_not,
-    automatic=not interpreted(),
+    automatic=False,  # its kernels have not run on a card yet: they serve where they are asked for
 )
