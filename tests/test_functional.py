@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from sparsifiner import SparsifinerConfig
+from sparsifiner.attention import build_predictor
 from sparsifiner.errors import SparsifinerError
 from sparsifiner.functional import scaled_dot_product_attention
 from sparsifiner.geometry.frames import FrameTiling, TokenLayout
 from sparsifiner.geometry.tiling import Tiling
 from sparsifiner.ops.connectivity import Connectivity
 from sparsifiner.ops.tail import group_keys
-from sparsifiner.predictors import LowRankConfig, RandomConfig, build_predictor
+from sparsifiner.predictors import LowRankConfig, RandomConfig
 
 SPARSE = SparsifinerConfig(mode="sparse")
 

@@ -142,7 +142,7 @@ def test_attention_dropout_is_refused(tiny_vit) -> None:
 
 def test_a_partly_convertible_model_warns_and_lists_the_rest(tiny_vit) -> None:
     both = torch.nn.ModuleDict({"vit": tiny_vit(), "other": torch.nn.MultiheadAttention(8, 2)})
-    with pytest.warns(UserWarning, match="1 MultiheadAttention left dense: there is no adapter"):
+    with pytest.warns(UserWarning, match="1 MultiheadAttention left dense: no module above it"):
         sparse = sparsify(both, SparsifinerConfig(mode="sparse"))
     assert [item.name for item in conversion(sparse).swapped] == ["vit.blocks.0.attn", "vit.blocks.1.attn"]
     assert [item.name for item in conversion(sparse).stayed] == ["other"]

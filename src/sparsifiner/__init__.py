@@ -103,4 +103,4 @@ def __dir__() -> list[str]:
 
 
 # Last, since what is imported where transformers is there already takes names from here.
-_import_after("transformers.modeling_utils", f"{__name__}.attention.adapters.transformers_import")
+_import_after("transformers.modeling_utils", f"{__name__}.models.transformers_import")

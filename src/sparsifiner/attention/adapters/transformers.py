@@ -286,23 +286,3 @@ def mark(model: nn.Module) -> None:
         settings = first if len(set(rates)) == 1 else first.replace(keep_rate=rates)
         vars(module.config)[NAME] = settings.to_dict()
         vars(module.config)["attn_implementation"] = NAME
-
-
-def convert_new(model: PreTrainedModel) -> None:
-    """Make a model sparse that was just built from a configuration that asks for it.
-
-    Raises:
-        SparsifinerError: if none of its attention can be made sparse although it takes images.
-    """
-    from ...convert import densify, is_sparse, sparsify
-
-    marker = vars(model.config).get(NAME)
-    if marker is None and model.config._attn_implementation != NAME:
-        return
-    if marker is not None and is_sparse(model):  # a tower was converted with its own settings already
-        densify(model, inplace=True)
-    if not any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules()):
-        return  # a part of a larger model
-    if is_sparse(model):
-        return
-    sparsify(model, SparsifinerConfig() if marker is None else SparsifinerConfig.from_dict(marker), inplace=True)

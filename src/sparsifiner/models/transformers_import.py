@@ -6,6 +6,12 @@ import sys
 from functools import wraps
 from typing import Any
 
+from torch import nn
+
+from ..attention.adapters.transformers import NAME, sparse_attention_forward
+from ..config import SparsifinerConfig
+from ..convert import densify, is_sparse, sparsify
+
 
 def connect(modeling: Any) -> None:
     """Register ``attn_implementation="sparsifiner"``, and convert models that are built with it.
@@ -17,8 +23,6 @@ def connect(modeling: Any) -> None:
     if hasattr(base.post_init, "_sparsifiner"):
         return
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    from .transformers import NAME, convert_new, sparse_attention_forward
 
     original = base.post_init
 
@@ -32,6 +36,24 @@ def connect(modeling: Any) -> None:
     base.post_init = post_init
     modeling.AttentionInterface.register(NAME, sparse_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def convert_new(model: Any) -> None:
+    """Make a model sparse that was just built from a configuration that asks for it.
+
+    Raises:
+        SparsifinerError: if none of its attention can be made sparse although it takes images.
+    """
+    marker = vars(model.config).get(NAME)
+    if marker is None and model.config._attn_implementation != NAME:
+        return
+    if marker is not None and is_sparse(model):  # a tower was converted with its own settings already
+        densify(model, inplace=True)
+    if not any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules()):
+        return  # a part of a larger model
+    if is_sparse(model):
+        return
+    sparsify(model, SparsifinerConfig() if marker is None else SparsifinerConfig.from_dict(marker), inplace=True)
 
 
 connect(sys.modules["transformers.modeling_utils"])
