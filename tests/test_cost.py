@@ -14,6 +14,7 @@ from sparsifiner import SparsifinerConfig, Tiling, record
 from sparsifiner.attention import AttentionInputs, build_predictor
 from sparsifiner.attention.cost import predicted_share, sparse_pays
 from sparsifiner.config import FLAT_NAMES
+from sparsifiner.convert import always_sparse
 from sparsifiner.measure.flops import count_flops
 from sparsifiner.ops import cpu
 
@@ -116,3 +117,15 @@ def test_the_estimated_work_of_a_predictor_is_what_it_does(predictor: str, tiny_
     counted = count_flops(sparse, x).layers[0].predictor
     estimate = attention.predictor.score_macs(attention.num_heads, attention.head_width(), attention.tiling(65))
     assert estimate == pytest.approx(sum(counted.values()), rel=0.4, abs=0)
+
+
+def test_settings_changed_inside_always_sparse_leave_it_sparse(tiny_vit, images) -> None:
+    sparse, x = sparsifiner.sparsify(tiny_vit().eval(), keep_rate=0.2), images(1, 3, 32, 32)
+    with torch.no_grad(), always_sparse(sparse):
+        sparsifiner.set_keep_rate(sparse, 0.4)
+        with record(sparse) as seen:
+            sparse(x)
+        assert all(item.connectivity is not None for item in seen.values())
+    with torch.no_grad(), record(sparse) as seen:
+        sparse(x)
+    assert all(item.connectivity is None for item in seen.values())

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ._utils.messages import shown
 from .attention.adapters import Refusal, find_adapter
 from .attention.layer import SparseAttention
 from .attention.policy import Policy, check_fit
@@ -95,7 +96,7 @@ def sparsify(
     """
     if not isinstance(model, nn.Module):
         raise SparsifinerError(
-            f"sparsify takes a model, an nn.Module such as timm.create_model(...) returns; got {_shown(model)}"
+            f"sparsify takes a model, an nn.Module such as timm.create_model(...) returns; got {shown(model)}"
         )
     if config is None:
         config = SparsifinerConfig()
@@ -217,14 +218,14 @@ def always_sparse(model: nn.Module) -> Iterator[None]:
 def use_policy(model: nn.Module, policy: Policy) -> Iterator[None]:
     """Let all sparse layers decide by ``policy`` while the block runs."""
     layers = list(find_sparse_layers(model).values())
-    before = [layer.policy for layer in layers]
+    before = [layer.override for layer in layers]
     try:
         for layer in layers:
-            layer.policy = policy
+            layer.override = policy
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
-            layer.policy = own
+            layer.override = own
 
 
 def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
@@ -311,8 +312,3 @@ def _nothing_to_convert(model: nn.Module, stayed: list[StayedDense]) -> str:
     counts = Counter((item.dense_class, item.reason) for item in stayed)
     found = "; ".join(f"{count} {name}: {reason}" for (name, reason), count in counts.items())
     return f"nothing to convert in {type(model).__name__}: {found or 'it has no attention layer that timm ViTs use'}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"a {type(value).__name__}"

@@ -9,7 +9,6 @@ from torch import nn
 
 from .attention.attend import LayerRecord
 from .attention.layer import SparseAttention
-from .attention.policy import Policy
 from .config import SparsifinerConfig
 from .convert import sparse_layers, sparsify
 from .predictors import LocalConfig
@@ -61,7 +60,4 @@ def record(model: nn.Module, *, tensors: bool = False) -> Iterator[dict[str, Lay
 
 def observable_twin(dense: nn.Module) -> nn.Module:
     """A copy of a dense model that attends densely, too, and whose attention layers can be observed."""
-    twin = sparsify(dense, SparsifinerConfig(predictor=LocalConfig(), query_tile=(1, 1), tail=None, mode="dense"))
-    for layer in sparse_layers(twin).values():
-        layer.policy = Policy("dense")
-    return twin
+    return sparsify(dense, SparsifinerConfig(predictor=LocalConfig(), query_tile=(1, 1), tail=None, mode="dense"))

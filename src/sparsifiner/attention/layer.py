@@ -84,7 +84,7 @@ class SparseAttention(nn.Module):
         vars(self)["__module__"] = LEAF
         self.grid = grid
         self.config = config
-        self.policy = Policy.of(config)
+        self.override: Policy | None = None
         self.observer: Observer | None = None
         self.reset_predictor(grid.shape)
         self.train(dense.training)
@@ -111,15 +111,20 @@ class SparseAttention(nn.Module):
         """The dense layer back, with the weights of this one; this one must not be used afterwards."""
         dense = self.dense_class.__new__(self.dense_class)
         nn.Module.__init__(dense)
-        move_state(self, dense, skip=("grid", "config", "policy", "observer", "predictor"))
+        move_state(self, dense, skip=("grid", "config", "override", "observer", "predictor"))
         return dense.train(self.training)
 
     def configure(self, config: SparsifinerConfig) -> None:
         """Change settings that need no new weights, such as the keep rate."""
         assert isinstance(config.keep_rate, float)
-        self.config, self.policy = config, Policy.of(config)
+        self.config = config
         self.predictor.settings = config.predictor
         self.predictor.keep_rate, self.predictor.keep_prefix = config.keep_rate, config.keep_prefix
+
+    @property
+    def policy(self) -> Policy:
+        """Decides whether the layer runs dense: ``override`` where one is set, else what ``config`` asks for."""
+        return Policy.of(self.config) if self.override is None else self.override
 
     def head_width(self) -> int:
         """Width of a head, ``D``."""
@@ -145,7 +150,7 @@ class SparseAttention(nn.Module):
         observe = None if self.observer is None else partial(self.observer, self)
         return attend(
             self.inputs(q, k, v, attn_bias), self.predictor, self.config,
-            policy=self.policy, training=self.training, observe=observe,
+            policy=self.override, training=self.training, observe=observe,
         )  # fmt: skip
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> AttentionInputs:

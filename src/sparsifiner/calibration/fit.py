@@ -18,6 +18,7 @@ from .._utils.progress import Progress, progress_on
 from ..attention.attend import tail_groups
 from ..attention.layer import SparseAttention
 from ..attention.module_state import weight_like
+from ..attention.policy import Policy
 from ..config import SparsifinerConfig
 from ..convert import sparse_layers
 from ..errors import SparsifinerError
@@ -119,9 +120,9 @@ def calibrate(
             run.fit_tail("tail offsets at the new keep rates")
         result = run.measure(model, val_images, held_out=validation is not None)
     for name, layer in layers.items():
-        fitted, own = run.layers[name], layer.config
+        fitted = run.layers[name]
         layer.predictor = fitted.predictor.train(layer.training)
-        layer.configure(fitted.config.replace(mode=own.mode, dense_below=own.dense_below))
+        layer.configure(fitted.config)
     return result
 
 
@@ -350,7 +351,7 @@ class _Run:
 def _watch_sparse(layer: SparseAttention) -> None:
     """On a copy: what counts is how the layer is when sparse, also at a size where it would run dense."""
     layer.observer = None
-    layer.configure(layer.config.replace(mode="sparse", dense_below=None))
+    layer.override = Policy("sparse")
 
 
 def _add_tail_offset(layer: SparseAttention) -> None:

@@ -29,25 +29,25 @@ def dense_attention(layers: Mapping[str, SparseAttention], visit: Visit | None =
             return None
         return lambda layer, did: visit(name, layer, did.q, did.k, did.v, did.attn_bias)  # type: ignore[arg-type]
 
-    before = [(layer.policy, layer.observer) for layer in layers.values()]
+    before = [(layer.override, layer.observer) for layer in layers.values()]
     try:
         for name, layer in layers.items():
-            layer.policy, layer.observer = Policy("dense"), watch(name)
+            layer.override, layer.observer = Policy("dense"), watch(name)
         yield
     finally:
-        for layer, (policy, observer) in zip(layers.values(), before, strict=True):
-            layer.policy, layer.observer = policy, observer
+        for layer, (override, observer) in zip(layers.values(), before, strict=True):
+            layer.override, layer.observer = override, observer
 
 
 @contextmanager
 def sparse_again(layer: SparseAttention) -> Iterator[None]:
     """Inside :func:`dense_attention`: while the block runs, this layer attends sparsely."""
-    dense, observer = layer.policy, layer.observer
-    layer.policy, layer.observer = Policy("sparse"), None
+    dense, observer = layer.override, layer.observer
+    layer.override, layer.observer = Policy("sparse"), None
     try:
         yield
     finally:
-        layer.policy, layer.observer = dense, observer
+        layer.override, layer.observer = dense, observer
 
 
 def visit_densely(model: nn.Module, x: Tensor, visit: Visit) -> tuple[Tensor, Tensor | None]:

@@ -269,7 +269,7 @@ class GridHook:
         return None if self._grid is None else self._grid()
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
-        grid = None if self._grid is None else self._grid()
+        grid = self.grid
         if grid is not None:
             getattr(grid, self.event)(module, *args)
 

@@ -111,7 +111,7 @@ def break_even(
         return None
     layer = copy.deepcopy(layer).eval()
     layer.grid = PatchGrid(layer.grid.shape, layer.grid.patch_size, layer.grid.num_prefix_tokens)
-    layer.policy = Policy("sparse")
+    layer.override = Policy("sparse")
     side, start, sides = 14, time.perf_counter(), []
     while side**2 <= max_tokens:
         sides.append(side)

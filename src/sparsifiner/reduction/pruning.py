@@ -246,7 +246,7 @@ def _rebuilt(
     attention: SparseAttention, kind: type[SparseAttention], dense: Callable[[Any], nn.Module]
 ) -> SparseAttention:
     """A sparse layer of another kind around the same weights and the same predictor."""
-    predictor, observer, policy = attention.predictor, attention.observer, attention.policy
+    predictor, observer, override = attention.predictor, attention.observer, attention.override
     layer = kind(dense(attention.to_dense()), attention.config, attention.grid)
-    layer.predictor, layer.observer, layer.policy = predictor, observer, policy
+    layer.predictor, layer.observer, layer.override = predictor, observer, override
     return layer

@@ -11,7 +11,7 @@ from ...errors import SparsifinerError
 from ...geometry.conv_grid import ConvGrid, find_conv_grid, patch_convolutions
 from ...geometry.patch_grid import PatchGrid
 from ..layer import SparseAttention, refuse_mask
-from .refused import Refusal
+from .refused import REFUSED, Refusal
 from .vit import split_qkv
 
 _CLASS_TOKENS = ("class_token", "class_embedding", "cls_token")
@@ -33,7 +33,7 @@ class SparseMultiheadAttention(SparseAttention, nn.MultiheadAttention):
     @classmethod
     def find_owner(cls, model: nn.Module, name: str) -> str | Refusal | None:
         if "Pool" in type(model.get_submodule(name.rpartition(".")[0])).__name__:
-            return Refusal("it pools with a few latent queries, which costs O(N) already", costly=False)
+            return REFUSED["AttentionPoolLatent"]
         while name:
             name = name.rpartition(".")[0]
             owner = model.get_submodule(name)

@@ -17,7 +17,6 @@ from ...geometry.conv_grid import ConvGrid, find_conv_grid, patch_convolutions
 from ...geometry.patch_grid import PatchGrid
 from ..layer import SparseAttention
 from ..module_state import weight_like
-from ..policy import Policy
 from .refused import REFUSED, Refusal
 
 NAME = "sparsifiner"
@@ -177,7 +176,7 @@ class InterfaceAttention(SparseAttention):
         self._like = torch.empty(0, dtype=weight_like(dense).dtype, device=weight_like(dense).device)
         self.grid = grid  # type: ignore[assignment]
         self.config = config
-        self.policy = Policy.of(config)
+        self.override = None
         self.observer = None
         self.reset_predictor(grid.shape)
         self.train(dense.training)
