@@ -1,19 +1,33 @@
-"""What the build of the site needs beyond its plugins: the command line as a page, and roles in docstrings."""
+"""What the build of the site needs beyond its plugins: the command line, other files, and roles in docstrings."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
+ROOT = Path(__file__).parents[1]
 COMMANDS = "<!-- commands -->"
+# A comment, so that a page read in the repository shows nothing where the site shows another file.
+INCLUDE = re.compile(r"^<!-- include (\S+)(?: (\w+))? -->$", re.MULTILINE)
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([^`]+)`")
 
 
 def on_page_markdown(markdown: str, **context: Any) -> str:
-    """Put the help of every command where a page asks for it."""
+    """Put the help of every command, or another file, where a page asks for it."""
+    markdown = INCLUDE.sub(_file, markdown)
     return markdown.replace(COMMANDS, _commands()) if COMMANDS in markdown else markdown
+
+
+def _file(include: re.Match[str]) -> str:
+    """The file that a page includes; of a section, what stands between its two marks; YAML as a block of code."""
+    name, section = include.groups()
+    text = (ROOT / name).read_text()
+    if section:
+        text = text.split(f"<!-- start {section} -->")[1].split(f"<!-- end {section} -->")[0]
+    return f"```yaml\n{text}```" if name.endswith(".yaml") else text
 
 
 def _commands() -> str:
