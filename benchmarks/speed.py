@@ -23,12 +23,13 @@ import torch
 from sparsifiner import SparsifinerConfig, sparsify
 from sparsifiner._utils.files import write_atomically
 from sparsifiner.config import TailConfig
-from sparsifiner.measure.benchmark import Measured, compile_ahead, measure_model, measure_operator
+from sparsifiner.measure.benchmark import Measured, measure_model, measure_operator
 from sparsifiner.measure.latency import interleave_all
 from sparsifiner.measure.memory import measure_memory
 from sparsifiner.ops import cpu
 from sparsifiner.predictors import PooledConfig
 from sparsifiner.report.machine import this_machine
+from sparsifiner.runtime import compile_ahead
 
 ALWAYS = SparsifinerConfig(keep_rate=0.1, mode="sparse")
 SMALL = "vit_small_patch16_224"

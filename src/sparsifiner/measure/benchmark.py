@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from ..geometry.tiling import Tiling
 from ..ops import sparse_attention
 from ..ops.connectivity import Connectivity
 from ..ops.tail import KeyGroups, Tail
+from ..runtime import compile_ahead
 from .latency import Progress, interleave_all
 
 
@@ -202,23 +202,6 @@ def measure_model(
     keep_rate = next(iter(configs.values())).keep_rate
     pixels = f"{image_size[0]} px" if image_size[0] == image_size[1] else f"{image_size[0]}x{image_size[1]} px"
     return Measured(f"{title}, {pixels}, batch {batch}, {name}, keep {keep_rate}", settings, seconds, _fastest(seconds))
-
-
-def compile_ahead(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """``model`` exported and compiled by AOTInductor for inputs like ``x``, its weights frozen.
-
-    In float32 its linear layers get oneDNN's packed weights and absorb GELU, where ``torch.compile`` calls MKL.
-
-    Args:
-        model: in evaluation mode.
-        x: images ``[B, 3, height, width]``.
-    """
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        program = torch.export.export(model, (x,))
-        package = torch._inductor.aoti_compile_and_package(
-            program, package_path=f"{folder}/model.pt2", inductor_configs={"freezing": True}
-        )
-        return torch._inductor.aoti_load_package(package)
 
 
 def _fastest(seconds: dict[str, list[float]]) -> str:
