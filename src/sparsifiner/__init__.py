@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from .predictors import register_predictor
     from .recording import record
     from .reduction.pruning import kept_patches, prune_tokens, token_pruning, unprune_tokens
+    from .runtime import Runtime, prepare
     from .saving import from_pretrained, save_pretrained
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Connectivity",
+    "Runtime",
     "SparsifinerConfig",
     "SparsifinerError",
     "Tail",
@@ -43,6 +45,7 @@ __all__ = [
     "kept_patches",
     "methods",
     "models",
+    "prepare",
     "prune_tokens",
     "record",
     "register_adapter",
@@ -58,6 +61,7 @@ __all__ = [
 
 _HOMES = {
     "Connectivity": "ops.connectivity",
+    "Runtime": "runtime",
     "SparsifinerConfig": "config",
     "SparsifinerError": "errors",
     "Tail": "ops.tail",
@@ -68,6 +72,7 @@ _HOMES = {
     "densify": "convert",
     "from_pretrained": "saving",
     "kept_patches": "reduction.pruning",
+    "prepare": "runtime",
     "prune_tokens": "reduction.pruning",
     "record": "recording",
     "register_adapter": "attention.adapters",

@@ -29,6 +29,7 @@ from .errors import SparsifinerError
 from .geometry.patch_grid import check_image_size
 from .reduction import apply_baseline, baseline_parameters, baseline_settings
 from .reduction.pruning import TokenPruning, is_pruned, prune_tokens, token_pruning
+from .runtime import ReadyModel, Runtime, prepare
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -56,11 +57,12 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     Where the pretrained weights the model started from are on this computer (in the package or in the
     Hugging Face cache), only the tensors that differ from them are written, the predictors above all, with
     a fingerprint of the others. Both files are written beside those there are and take their places together; where a
-    save was interrupted in between, :func:`from_pretrained` refuses the pair.
+    save was interrupted in between, :func:`from_pretrained` refuses the pair. Of a model that ``prepare`` or ``tune``
+    made, the weights are written as they were before rounding, and the runtime as settings.
 
     Args:
         model: the result of ``sparsify``, ``prune_tokens``, both, or a baseline on a model made by
-            ``timm.create_model``.
+            ``timm.create_model``; or the result of ``prepare`` on such a model or on a dense one.
         folder: made if needed.
         model_args: arguments of ``timm.create_model`` besides those timm has recorded in the model, or in their
             place: names of layers given as classes, which JSON cannot hold.
@@ -70,13 +72,15 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
             rebuild it.
         OSError: if the folder cannot be written, or the disk is full; an earlier save in it is as it was.
     """
+    runtime = model.runtime if isinstance(model, ReadyModel) else None
+    model = model.source if isinstance(model, ReadyModel) else model
     layers, pruning, baseline = converted = _conversions(model)
-    if any(converted) and _is_hugging_face(model):
+    if runtime is None and any(converted) and _is_hugging_face(model):
         if model_args:
             raise SparsifinerError("model_args are for timm's models; this one has a configuration of its own")
         model.save_pretrained(folder)  # type: ignore[operator]
         return
-    if not any(converted):
+    if runtime is None and not any(converted):
         raise SparsifinerError(
             f"{type(model).__name__} is neither sparse nor pruned; call sparsify or prune_tokens first"
         )
@@ -94,6 +98,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         "config": _common_config([layer.config for layer in layers]).to_dict() if layers else None,
         "token_pruning": None if pruning is None else pruning.to_dict(),
         "baseline": baseline,
+        "runtime": None if runtime is None else runtime.to_dict(),
         "basis_grid": _basis_grid(layers[0]) if layers else None,
         "dense_fingerprint": None,
         "weights_fingerprint": None,
@@ -116,12 +121,12 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
 
 
 def is_converted(model: nn.Module) -> bool:
-    """True for a model that is sparse, pruned, or converted by a baseline, so that :func:`save_pretrained` takes it."""
+    """True for a model that is sparse, pruned, or converted by a baseline."""
     return any(_conversions(model))
 
 
 def from_pretrained(
-    folder: str | Path, *, img_size: tuple[int, int] | None = None, trust_remote: bool = False
+    folder: str | Path, *, img_size: tuple[int, int] | None = None, trust_remote: bool = False, ready: bool = True
 ) -> nn.Module:
     """Load what :func:`save_pretrained` wrote.
 
@@ -135,6 +140,8 @@ def from_pretrained(
         trust_remote: let the folder's JSON name other sources: ``hf-hub:`` models, ``checkpoint_path``,
             ``pretrained_cfg`` and whatever else ``timm.create_model`` follows. Pickles that hold more than tensors
             are refused all the same.
+        ready: bring a model that was saved with a runtime into its precision again, to be compiled at the first
+            batch; False leaves it as it was before, so that it can be trained, calibrated or converted.
 
     Raises:
         ValueError: if files are missing, corrupt, foreign or of two different saves, if one leads out of the folder,
@@ -190,7 +197,10 @@ def from_pretrained(
         )
     if img_size is not None:
         _set_input_size(sparse, img_size)
-    return sparse.eval()
+    sparse.eval()
+    if not ready or settings.get("runtime") is None:
+        return sparse
+    return prepare(sparse, Runtime.from_dict(settings["runtime"]))
 
 
 def _is_hugging_face(model: nn.Module) -> bool:

@@ -98,6 +98,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
     "config": (_optional(_named), "named settings or null", True),
     "token_pruning": (_optional(_named), "named settings or null", False),
     "baseline": (_optional(_named), "named settings or null", False),
+    "runtime": (_optional(_named), "named settings or null", False),
     "basis_grid": (_optional(_several(_positive(_integer), 2)), f"rows and columns, {_SIDES}, or null", True),
     "dense_fingerprint": (_optional(_text), "a text or null", True),
     "weights_fingerprint": (_optional(_text), "a text or null", False),

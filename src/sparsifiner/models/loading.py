@@ -38,8 +38,9 @@ def load_model(
     """A pretrained model in evaluation mode.
 
     Args:
-        name: ``builtin``, a timm model name, a folder written by ``save_pretrained``, or one in timm's own
-            format (``config.json`` and ``model.safetensors``).
+        name: ``builtin``, a timm model name, a folder written by ``save_pretrained`` (a runtime in it is left out: the
+            model comes in its own precision, uncompiled), or one in timm's own format (``config.json`` and
+            ``model.safetensors``).
         img_size: height and width in pixels the model is to be built for; its own default if None.
         num_classes: width of the classifier, which starts anew if the weights have another; their own if None.
         pretrained: whether to load the weights of a timm model; a folder's are always loaded.
@@ -56,7 +57,7 @@ def load_model(
             raise SparsifinerError(
                 f"{name} is a saved sparse model and has its own arguments; leave out {', '.join(model_args)}"
             )
-        model: Any = from_pretrained(name, img_size=img_size, trust_remote=trust_remote)
+        model: Any = from_pretrained(name, img_size=img_size, trust_remote=trust_remote, ready=False)
         if num_classes is not None and num_classes != model.num_classes:
             model.reset_classifier(num_classes)
         return model.eval()
