@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sparsifiner
 from sparsifiner import SparsifinerConfig, Tiling, record
 from sparsifiner.attention import AttentionInputs, build_predictor
-from sparsifiner.attention.cost import predicted_share, sparse_pays
+from sparsifiner.attention.cost import costs_of, predicted_share, sparse_pays
 from sparsifiner.config import FLAT_NAMES
 from sparsifiner.convert import always_sparse
 from sparsifiner.measure.flops import count_flops
@@ -22,7 +22,8 @@ from sparsifiner.ops import cpu
 def share(config: SparsifinerConfig, side: int, dtype: torch.dtype = torch.float32) -> float:
     tiling = Tiling((side, side), config.query_tile, 1)
     predictor = build_predictor(config, num_heads=6, head_dim=64, grid=tiling.grid, num_prefix_tokens=1)
-    return predicted_share(config, dtype, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
+    costs = costs_of(dtype, cpu.level())
+    return predicted_share(config, costs, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
 
 
 @given(side=st.integers(8, 120), keep_rate=st.sampled_from([0.02, 0.1, 0.5]))
@@ -58,7 +59,8 @@ def test_a_cpu_with_amx_is_told_what_was_measured_on_one(monkeypatch) -> None:
             )
             monkeypatch.setattr(cpu, "level", lambda: "amx")
             dtype = getattr(torch, found["dtype"])
-            predicted = predicted_share(config, dtype, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
+            costs = costs_of(dtype, cpu.level())
+            predicted = predicted_share(config, costs, 6, 64, tiling, predictor.score_macs(6, 64, tiling))
             ratios.append(predicted * entry["speedup"]["layer"])
     assert len(ratios) == 4
     assert all(0.75 < ratio < 1.33 for ratio in ratios), ratios

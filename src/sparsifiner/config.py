@@ -74,6 +74,8 @@ class SparsifinerConfig:
             expected to be slower (see ``sparsifiner benchmark``), or where the patch grid has no room for a tile;
             ``sparse`` never does; ``dense`` always, in training as well. Training is sparse otherwise.
         dense_below: with ``auto``, inputs of fewer tokens run dense and all others sparse, whatever is expected.
+        use_profile: with ``auto``, expect what this machine's profile says (``sparsifiner benchmark --save-profile``
+            measures it); False, or where there is none, what a table says that is the same on every machine.
         backend: which kernels compute: ``auto`` takes the fastest that can serve; a name is never replaced.
         attention_dtype: precision in which queries, keys and values meet: ``model`` is the model's own; ``float32`` and
             ``bfloat16`` convert them, and the result back; ``auto`` is bfloat16 for float32 models where the CPU's
@@ -90,6 +92,7 @@ class SparsifinerConfig:
     keep_prefix: bool = True
     mode: Mode = "auto"
     dense_below: int | None = None
+    use_profile: bool = True
     backend: str = "auto"
     attention_dtype: AttentionDtype = "model"
 
@@ -108,6 +111,7 @@ class SparsifinerConfig:
         flag("keep_prefix", self.keep_prefix)
         choose("mode", self.mode, get_args(Mode))
         number("dense_below", self.dense_below, least=1, integer=True, optional=True)
+        flag("use_profile", self.use_profile)
         if self.dense_below is not None and self.mode != "auto":
             raise SparsifinerError(f"dense_below belongs to mode='auto'; mode={self.mode!r} decides for every size")
         text("backend", self.backend)
@@ -165,6 +169,7 @@ class SparsifinerConfig:
             "keep_prefix": self.keep_prefix,
             "mode": self.mode,
             "dense_below": self.dense_below,
+            "use_profile": self.use_profile,
             "backend": self.backend,
             "attention_dtype": self.attention_dtype,
         }

@@ -14,36 +14,18 @@ from ..ops import cpu
 from ..ops.attend import ATTEND
 from ..ops.group_patches import grouping_macs
 from ..ops.inputs import AttentionInputs
-from ..ops.registry import refusal
+from ..ops.profile import Costs, find_profile
+from ..ops.registry import AUTO, refusal
 
 # Sparse must be predicted to take less than this share of dense: the model of the cost is 15 to 25 % off.
 MARGIN = 0.9
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Costs of the native kernels, in units of a multiply-add of dense ``scaled_dot_product_attention``.
-
-    Fitted by ``benchmarks/cost.py`` to interleaved measurements on 2 cores with AVX-512 and bfloat16
-    products; ratios of one CPU to itself, which carry over better than times. ``regroup`` was measured by itself on
-    2 cores with AVX2. AMX has constants of its own where it is used, for bfloat16: its dense attention is four times as
-    fast. They follow from the parts of two layers of 4,096 tokens on 2 cores (``benchmarks/results/speed-amx.json``).
-
-    Args:
-        attend: a multiply-add of the sparse operator.
-        score: a multiply-add of the prediction, selection included.
-        element: an element of q: pooling, grouping of queries, log-counts.
-        regroup: a multiply-add of regrouping the tail's patches.
-        call: everything that does not depend on the size, per layer.
-    """
-
-    attend: float
-    score: float
-    element: float
-    regroup: float
-    call: float
-
-
+# In units of a multiply-add of dense attention, fitted by ``benchmarks/cost.py`` to interleaved measurements on 2 cores
+# with AVX-512 and bfloat16 products; ratios of one CPU to itself, which carry over better than times. ``regroup`` was
+# measured by itself on 2 cores with AVX2. AMX has constants of its own where it is used, for bfloat16: its dense
+# attention is four times as fast. They follow from the parts of two layers of 4,096 tokens on 2 cores
+# (``benchmarks/results/speed-amx.json``).
 _COSTS = {
     torch.float32: Costs(attend=0.79, score=1.74, element=420.0, regroup=8.2, call=17e6),
     torch.bfloat16: Costs(attend=0.35, score=0.97, element=340.0, regroup=5.7, call=11e6),
@@ -59,10 +41,11 @@ def costs_of(dtype: torch.dtype, level: str | None) -> Costs:
 def sparse_pays(config: SparsifinerConfig, inputs: AttentionInputs, score_macs: int) -> bool:
     """True where a sparse layer is expected to beat dense attention for ``inputs`` on the kernels that serve them.
 
-    The answer depends on shapes, dtype and settings only: never on the clock, so that a model's output does not
-    depend on how busy a machine is, and never on the batch size, so that an image's does not depend on its
-    neighbours. In plain PyTorch, so on a GPU, too, sparse attention is never faster (an H200 takes 24 times as long as
-    with dense attention at 5,476 tokens and 17 times at 256).
+    The answer depends on shapes, dtype, settings and the machine's profile, where there is one: never on the clock, so
+    that a model's output does not depend on how busy a machine is, and never on the batch size, so that an image's does
+    not depend on its neighbours. Without a profile a table serves CPUs, and a GPU is taken to be faster dense: in plain
+    PyTorch sparse attention never pays (an H200 takes 24 times as long as with dense attention at 5,476 tokens and 17
+    times at 256), and how fast kernels for it are is known once they have run on the card.
 
     Args:
         config: settings of the layer.
@@ -70,26 +53,60 @@ def sparse_pays(config: SparsifinerConfig, inputs: AttentionInputs, score_macs: 
         score_macs: multiply-adds of the predictor for one image.
     """
     q = inputs.q
-    if refusal(ATTEND, "native", False, {"q": q, "attn_bias": inputs.attn_bias}) is not None:
+    profile = find_profile(q.device.type, q.device.index, q.dtype) if config.use_profile else None
+    backend = "native" if profile is None else profile.backend
+    if refusal(ATTEND, backend, False, {"q": q, "attn_bias": inputs.attn_bias}) is not None:
         return False
-    return predicted_share(config, q.dtype, q.shape[1], q.shape[3], inputs.tiling, score_macs) < MARGIN
+    if q.device.type != "cpu" and inputs.backend not in (AUTO, backend):
+        return False
+    heads, width = q.shape[1], q.shape[3]
+    if profile is None:
+        costs = costs_of(q.dtype, cpu.level())
+        return predicted_share(config, costs, heads, width, inputs.tiling, score_macs) < MARGIN
+    shares = (predicted_share(config, costs, heads, width, inputs.tiling, score_macs) for costs in profile.costs)
+    return max(shares) < profile.margin
+
+
+@dataclass(frozen=True)
+class Work:
+    """What :class:`Costs` are multiplied by, for one layer and one image; all but ``elements`` are multiply-adds."""
+
+    attend: int
+    score: int
+    elements: int
+    regroup: int
+    dense: int
+
+    def share(self, costs: Costs) -> float:
+        """Time of the sparse layer's attention over that of dense attention."""
+        sparse = (
+            costs.attend * self.attend
+            + costs.score * self.score
+            + costs.element * self.elements
+            + costs.regroup * self.regroup
+            + costs.call
+        )
+        return sparse / (costs.dense * self.dense + costs.dense_call)
 
 
 def predicted_share(
-    config: SparsifinerConfig, dtype: torch.dtype, heads: int, width: int, tiling: Tiling, score_macs: int
+    config: SparsifinerConfig, costs: Costs, heads: int, width: int, tiling: Tiling, score_macs: int
 ) -> float:
-    """Predicted time of a sparse layer's attention over that of dense attention, for one image.
+    """Predicted time of a sparse layer's attention over that of dense attention, for one image (:func:`work_of`)."""
+    return work_of(config, heads, width, tiling, score_macs).share(costs)
+
+
+def work_of(config: SparsifinerConfig, heads: int, width: int, tiling: Tiling, score_macs: int) -> Work:
+    """The work of a layer's attention, sparse and dense, for one image.
 
     Args:
         config: settings of the layer.
-        dtype: float32 or bfloat16.
         heads: heads of the layer.
         width: width of a head.
         tiling: query tiles of the input.
         score_macs: multiply-adds of the predictor.
     """
     assert isinstance(config.keep_rate, float)
-    costs = costs_of(dtype, cpu.level())
     kept = num_kept(config.keep_rate, tiling.num_patches + tiling.num_missing)
     keys = min(kept, tiling.num_patches) + tiling.num_prefix_tokens
     regroup_macs = 0
@@ -98,13 +115,10 @@ def predicted_share(
         keys += blocks.num_tiles
         regroup_macs = heads * grouping_macs(blocks, width, config.tail.refine)
     lanes = math.ceil(tiling.tile_size / 16) * 16  # queries lie in the lanes of vectors of 16
-    attend_macs = 2 * heads * width * tiling.num_tiles * lanes * keys
-    elements = heads * width * tiling.num_tokens
-    sparse = (
-        costs.attend * attend_macs
-        + costs.score * score_macs
-        + costs.element * elements
-        + costs.regroup * regroup_macs
-        + costs.call
+    return Work(
+        attend=2 * heads * width * tiling.num_tiles * lanes * keys,
+        score=score_macs,
+        elements=heads * width * tiling.num_tokens,
+        regroup=regroup_macs,
+        dense=2 * heads * width * tiling.num_tokens**2,
     )
-    return sparse / (2 * heads * width * tiling.num_tokens**2)

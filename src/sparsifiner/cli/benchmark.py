@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SparsifinerError
-from .arguments import check_dtype, check_files, parse_keep_rates, parse_sizes
+from .arguments import check_dtype, check_files, parse_device, parse_keep_rates, parse_sizes
 from .console import output_console, say
 from .options import ConfigFile, Json, KeepRates, MaxTokens
 
@@ -37,9 +37,18 @@ def benchmark(
         float, typer.Option(help="Start no further round of one measurement after so many seconds.", min=1)
     ] = 30.0,
     max_tokens: MaxTokens = 4096,
+    save_profile: Annotated[
+        bool, typer.Option(help="Instead of all this measure, once, what models with mode=auto decide by.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Of the profile: cpu or cuda.")] = "cpu",
     json: Json = False,
 ) -> None:
     """Measure sparse beside dense attention, interleaved in one process: medians, ratios, and where sparse pays."""
+    if save_profile:
+        from .profile import save_profile as save
+
+        save(parse_device(device), max_seconds=max_seconds, json=json)
+        return
     rates, sizes, counts = parse_keep_rates(keep_rate), parse_sizes(img_size), _parse_counts(tokens)
     dtypes = list(dict.fromkeys(name.strip() for name in dtype.split(",")))
     for name in dtypes:

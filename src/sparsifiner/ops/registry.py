@@ -45,14 +45,20 @@ class Backend:
         device_types: devices of the tensors it takes, as in ``torch.device.type``; None for all.
         kernels: a kernel per operation it serves.
         why_not: its answer to calls it cannot serve.
-        automatic: whether ``auto`` may choose it.
+        automatic: whether ``auto`` may choose it; or a function of a device that says why not, or None.
     """
 
     name: str
     device_types: tuple[str, ...] | None
     kernels: Mapping[str, Kernel]
     why_not: WhyNot
-    automatic: bool
+    automatic: bool | Callable[[torch.device], str | None]
+
+    def is_elsewhere(self, arguments: Mapping[str, Any]) -> bool:
+        """True for a backend of other devices that most machines lack, which ``auto`` need not speak of."""
+        if not callable(self.automatic) or self.device_types is None:
+            return False
+        return _device_type(arguments.values()) not in self.device_types
 
     def refusal(self, operation: Operation, needs_gradients: bool, arguments: Mapping[str, Any]) -> str | None:
         """Why it cannot serve a call of an operation it has a kernel for, in words, or None if it can."""
@@ -185,7 +191,7 @@ def register_backend(
     kernels: Mapping[str, Kernel],
     why_not: WhyNot | None = None,
     device_type: str | tuple[str, ...] | None = None,
-    automatic: bool = False,
+    automatic: bool | Callable[[torch.device], str | None] = False,
 ) -> None:
     """Add a backend, which then serves wherever a backend can be named.
 
@@ -198,6 +204,7 @@ def register_backend(
             every call that needs no gradients is served.
         device_type: devices of the tensors it takes, as in ``torch.device.type``; None for all.
         automatic: whether ``auto`` may choose it: before those that take any device, after those registered earlier.
+            A function is asked, with the tensors' device, why it may not on this machine; None where it may.
 
     Raises:
         ValueError: if the name is taken or there is no such operation.
@@ -258,7 +265,11 @@ def serving(operation: Operation, backend: str, needs_gradients: bool, arguments
     if backend == AUTO:
         reasons: list[str] = []
         for candidate in _AUTOMATIC.get(operation.name, ()):
+            if candidate.is_elsewhere(arguments):
+                continue
             reason = candidate.refusal(operation, needs_gradients, arguments)
+            if reason is None and callable(candidate.automatic):
+                reason = candidate.automatic(_device(arguments.values()))
             if reason is None:
                 return candidate.name, "; ".join(reasons) or f"{candidate.name} has a kernel for this call"
             reasons.append(f"{candidate.name} cannot run here: {reason}")
@@ -307,9 +318,13 @@ def no_autocast(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
 
 
 def _device_type(arguments: Iterable[Any]) -> str:
+    return _device(arguments).type
+
+
+def _device(arguments: Iterable[Any]) -> torch.device:
     for argument in arguments:
         if isinstance(argument, Tensor):
-            return argument.device.type
+            return argument.device
     raise SparsifinerError("an operation needs a tensor among its arguments")
 
 

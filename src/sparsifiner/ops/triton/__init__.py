@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..profile import find_profile
 from ..registry import Kernel, register_backend
 
 __all__ = ["why_missing", "why_not"]
@@ -94,6 +95,13 @@ def _why_not_sizes(operation: str, tensors: dict[str, Tensor], arguments: dict[s
     return None
 
 
+def why_not_automatic(device: torch.device) -> str | None:
+    """Why ``auto`` does not take these kernels on a device: until they have run on it, nobody knows what they take."""
+    if device.type == "cuda" and any(find_profile("cuda", device.index, dtype) for dtype in DTYPES):
+        return None
+    return "it has not been measured on this device; `sparsifiner benchmark --save-profile` does"
+
+
 def _kernel(operation: str) -> Kernel:
     def run(*arguments: Any) -> Any:
         return getattr(import_module(f"{__name__}.{_MODULES[operation]}"), operation)(*arguments)
@@ -106,5 +114,5 @@ register_backend(
     device_type=("cuda", "cpu") if interpreted() else "cuda",
     kernels={operation: _kernel(operation) for operation in _MODULES},
     why_not=why_not,
-    automatic=False,  # its kernels have not run on a card yet: they serve where they are asked for
+    automatic=why_not_automatic,
 )
