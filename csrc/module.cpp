@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <stdexcept>
 #include <tuple>
 
 #include "core/sparsifiner.h"
@@ -34,6 +35,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr const char* kPrecisions[] = {"same", "bfloat16", "int8"};  // in the order of sp::Precision
+
+sp::Precision precision_of(const std::string& name) {
+  for (int i = 0; i < 3; ++i)
+    if (name == kPrecisions[i]) return static_cast<sp::Precision>(i);
+  throw std::invalid_argument("precision must be same, bfloat16 or int8, got " + name);
+}
+
 using KeysShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 sp::TileKeys tile_keys(const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q,
@@ -54,6 +63,7 @@ sp::TileKeys tile_keys(const KeysShape& shape, bool bfloat16, float scale, bool 
 
 NB_MODULE(_native, m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
+  m.attr("interface") = 2;  // of these functions; sparsifiner.ops.cpu.binding names the one it calls
   m.def("levels", [] {
     std::vector<std::string> names;
     for (sp::Level level : sp::available_levels()) names.emplace_back(sp::level_name(level));
@@ -66,12 +76,18 @@ NB_MODULE(_native, m) {
     return reasons;
   });
   m.def("level", [] { return std::string(sp::level_name(sp::active_level())); });
+  m.def("precisions", [] {
+    std::vector<std::string> names;
+    for (sp::Precision precision : sp::available_precisions())
+      names.emplace_back(kPrecisions[static_cast<int>(precision)]);
+    return names;
+  });
   m.def("force_level", &sp::force_level, nb::arg("name"));
   m.def(
       "attend",
       [](const Shape& shape, bool bfloat16, float scale, const RowsTuple& q, const RowsTuple& k, const RowsTuple& v,
          uintptr_t tile_tokens, uintptr_t indices, uintptr_t bias, const RowsTuple& tail_k, const RowsTuple& tail_v,
-         uintptr_t tail_bias, uintptr_t out, int threads) {
+         uintptr_t tail_bias, uintptr_t out, int threads, const std::string& precision) {
         sp::Attention problem;
         auto& s = problem.shape;
         std::tie(s.batch, s.heads, s.tokens, s.width, s.tiles, s.tile_size, s.kept, s.pooled, s.prefix) = shape;
@@ -87,9 +103,12 @@ NB_MODULE(_native, m) {
         problem.tail_v = rows(tail_v);
         problem.tail_bias = pointer<const float>(tail_bias);
         problem.out = pointer<void>(out);
+        problem.precision = precision_of(precision);
         sp::attend(problem, threads);
       },
-      release());
+      nb::arg("shape"), nb::arg("bfloat16"), nb::arg("scale"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
+      nb::arg("tile_tokens"), nb::arg("indices"), nb::arg("bias"), nb::arg("tail_k"), nb::arg("tail_v"),
+      nb::arg("tail_bias"), nb::arg("out"), nb::arg("threads"), nb::arg("precision") = "same", release());
   m.def(
       "topk",
       [](uintptr_t scores, bool bfloat16, int64_t count, int64_t columns, int64_t row_stride, int64_t k,
@@ -103,6 +122,15 @@ NB_MODULE(_native, m) {
       [](const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
          uintptr_t log2_weight, uintptr_t indices,
          int threads) { sp::tile_keys(tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), threads); },
+      release());
+  m.def(
+      "budget_keys",
+      [](const KeysShape& shape, bool bfloat16, float scale, bool sum, const RowsTuple& q, const RowsTuple& k,
+         uintptr_t log2_weight, int64_t least, int64_t total, uintptr_t bias, uintptr_t indices, int threads) {
+        sp::budget_keys(
+            {tile_keys(shape, bfloat16, scale, sum, q, k, log2_weight, indices), least, total, pointer<float>(bias)},
+            threads);
+      },
       release());
   m.def(
       "screened_keys",

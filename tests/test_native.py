@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_levels import LEVELS
+from native_levels import LEVEL_NAMES, LEVELS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass
@@ -34,10 +36,9 @@ class Problem:
     tail: Tail | None
     scale: float
 
-    def run(self, backend: str) -> Tensor:
-        return sparse_attention(
-            self.q, self.k, self.v, self.connectivity, tail=self.tail, scale=self.scale, backend=backend
-        )
+    def run(self, backend: str, precision: str = "same") -> Tensor:
+        tensors = (self.q, self.k, self.v, self.connectivity)
+        return sparse_attention(*tensors, tail=self.tail, scale=self.scale, precision=precision, backend=backend)
 
     def exact(self) -> Tensor:
         """The reference in float64 on the same, already rounded inputs."""
@@ -121,6 +122,73 @@ def test_attention_stays_within_its_error_budget(level: str, problem: Problem) -
         got = problem.run("native")
     assert got.dtype == problem.q.dtype
     assert (got.double() - problem.exact()).abs().max() <= problem.budget()
+
+
+def logit_error(problem: Problem, precision: str) -> float:
+    """Six standard deviations of a logit whose factors are off by at most half a step each, uniformly."""
+    keys = problem.k if problem.tail is None else torch.cat([problem.k, problem.tail.k], 2)
+    q, k = problem.q.double(), keys.double()
+    if precision == "int8":  # a step is that of the row's largest element; less about the mean, a key is twice as large
+        q_step, k_step = q.abs().max() / 127, 2 * k.abs().max() / 127
+    else:
+        q_step, k_step = (x.abs().max() * torch.finfo(torch.bfloat16).eps for x in (q, k))
+    spread = (q_step * k.norm(dim=-1).max() + k_step * q.norm(dim=-1).max()) / 12**0.5
+    return 6 * spread.item() * abs(problem.scale)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@settings(max_examples=40, deadline=None)
+@given(problem=problems)
+def test_rounded_attention_stays_within_its_error_budget(level: str, precision: str, problem: Problem) -> None:
+    """Of float32 inputs; where the level rounds nothing, the result is that of float32 to the bit."""
+    with cpu.force_level(level):
+        got, unrounded = problem.run("native", precision), problem.run("native")
+        rounds = precision in cpu.precisions() and problem.q.dtype == torch.float32
+    assert got.dtype == problem.q.dtype
+    if not rounds:
+        assert torch.equal(got, unrounded)
+        return
+    # An error of a logit is a factor of a weight, and the weights' sum has it too.
+    values = [problem.v] if problem.tail is None else [problem.v, problem.tail.v]
+    largest = max(x.abs().max().item() for x in values if x.numel())
+    relative = 2 * math.expm1(logit_error(problem, precision))
+    relative += 0 if precision == "int8" else 3 * torch.finfo(torch.bfloat16).eps  # values, weights and their sum
+    assert (got.double() - problem.exact()).abs().max() <= problem.budget() + relative * largest
+
+
+@pytest.mark.parametrize("level", [level for level in LEVEL_NAMES if "avx512" in level])
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_typical_error_of_rounded_attention(level: str, precision: str) -> None:
+    """Keys with a large mean, as those of vision transformers: relative L2 of the result within 1 %."""
+    problem = make(grid=(16, 16), keys=40, width=64)
+    problem.k += 4 * torch.randn(1, problem.k.shape[1], 1, 64, generator=torch.Generator().manual_seed(1))
+    assert problem.tail is not None
+    problem.tail = group_keys(problem.k, problem.v, problem.connectivity.tiling, 0).tail(problem.connectivity)
+    exact = problem.exact()
+    with cpu.force_level(level):
+        if precision not in cpu.precisions():
+            pytest.skip(f"level {level} rounds nothing to {precision}")
+        error = (problem.run("native", precision) - exact).norm() / exact.norm()
+    # The mean is taken off for int8 alone: of bfloat16 it takes away bits.
+    assert 1e-5 < error < (0.01 if precision == "int8" else 0.03)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("precision", ["same", "bfloat16", "int8"])
+def test_masked_keys_are_not_read(level: str, precision: str) -> None:
+    """Padding with a bias of ``-inf`` changes nothing, be it NaN; a tile whose keys are all masked gives zeros."""
+    problem = make(prefix=0, keys=20, padding=True, block=None)
+    bias = problem.connectivity.bias
+    assert bias is not None
+    bias[problem.connectivity.indices == 50] = float("-inf")
+    with cpu.force_level(level):
+        want = problem.run("native", precision)
+        problem.k[:, :, 50] = problem.v[:, :, 50] = float("nan")
+        got = problem.run("native", precision)
+    # The vector taken off int8 keys comes from some of them, whichever a tile keeps.
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05 if precision == "int8" else 0)
+    assert not got[:, :, problem.connectivity.tiling.tokens(CPU)[0].long()].any()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -259,7 +327,19 @@ def test_library_contracts() -> None:
     assert tail is not None
     checks = ("test_schema", "test_faketensor")
     indices = problem.connectivity.indices
-    attention = (tiling.tokens(indices.device), indices, None, tail.k, tail.v, tail.bias, None, 1, 0.2, "native")
+    attention = (
+        tiling.tokens(indices.device),
+        indices,
+        None,
+        tail.k,
+        tail.v,
+        tail.bias,
+        None,
+        1,
+        0.2,
+        "int8",
+        "native",
+    )
     ops = torch.ops.sparsifiner
     torch.library.opcheck(ops.attend, (problem.q, problem.k, problem.v, *attention), test_utils=checks)
     torch.library.opcheck(ops.topk, (torch.randn(3, 40), 7, "native"), test_utils=checks)

@@ -316,6 +316,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         p.attn_bias,
         1,
         0.25,
+        "same",
         "gather",
     )
     tolerances = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}

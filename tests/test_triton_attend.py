@@ -24,7 +24,7 @@ def arguments(p: Problem) -> tuple[Any, ...]:
     pooled = (None, None, None) if p.tail is None else (p.tail.k, p.tail.v, p.tail.bias)
     tiling = p.connectivity.tiling
     tensors = (p.q, p.k, p.v, tiling.tokens(p.q.device), p.connectivity.indices, p.connectivity.bias, *pooled)
-    return (*tensors, p.attn_bias, tiling.num_prefix_tokens, p.q.shape[-1] ** -0.5)
+    return (*tensors, p.attn_bias, tiling.num_prefix_tokens, p.q.shape[-1] ** -0.5, "same")
 
 
 cases = st.fixed_dictionaries(

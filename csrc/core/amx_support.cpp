@@ -56,7 +56,7 @@ std::vector<uint16_t> attention(const Kernels& kernels, const Matrix& q, const M
   std::vector<void*> rows;
   for (std::size_t i = 0; i < q.rows.size(); ++i) rows.push_back(out.data() + i * static_cast<std::size_t>(q.width));
   TileTask task{};
-  task.dtype = DType::bfloat16;
+  task.dtype = task.out_dtype = DType::bfloat16;
   task.width = q.width;
   task.queries = static_cast<int>(q.rows.size());
   task.keys = static_cast<int>(k.rows.size());

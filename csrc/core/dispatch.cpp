@@ -133,6 +133,14 @@ std::vector<Level> available_levels() {
 }
 
 Level active_level() { return active().level; }
+
+std::vector<Precision> available_precisions() {
+  std::vector<Precision> precisions{Precision::same};
+  if (kernels().bfloat16_products) precisions.push_back(Precision::bfloat16);
+  if (kernels().attend_int8 != nullptr) precisions.push_back(Precision::int8);
+  return precisions;
+}
+
 const Kernels& kernels() { return *active().kernels; }
 
 void force_level(const std::string& name) {

@@ -13,14 +13,16 @@ namespace sparsifiner {
 
 // Some queries that attend to one list of keys. Rows are D contiguous elements of `dtype`.
 struct TileTask {
-  DType dtype;
+  DType dtype;  // of the rows of q, k and v
+  DType out_dtype;
   int width, queries, keys;
   float scale;
-  const void* const* q;  // [queries]
-  const void* const* k;  // [keys]
-  const void* const* v;  // [keys]
-  const float* bias;     // [keys], added to the logits, or null
-  void* const* out;      // [queries]
+  const void* const* q;     // [queries]
+  const void* const* k;     // [keys]
+  const void* const* v;     // [keys]
+  const float* bias;        // [keys], added to the logits, or null
+  void* const* out;         // [queries]
+  const float* key_scales;  // [keys], with int8 keys only
 };
 
 // Some tiles of one head that score every candidate key by their pooled queries.
@@ -38,6 +40,7 @@ struct ScoreTask {
   int32_t offset;            // added to the selected candidates' numbers
   int32_t* indices;          // [tiles][out_stride]
   int64_t out_stride;
+  float* scores;  // [tiles][count]: of the selected keys, or null
 };
 
 // One tile that scores the keys of some blocks of kBlockKeys keys only: `candidates` counts all slots of these blocks,
@@ -74,6 +77,12 @@ constexpr int kMaxPanelKeys = 64;
 struct Kernels {
   std::size_t (*attend_scratch)(const TileTask& task);
   void (*attend)(const TileTask& task, void* scratch);
+  bool bfloat16_products;  // `attend` multiplies bfloat16 rows without widening them
+  // The same with float32 q and v, and k rounded by round_key: as integers, 128 added to each. Null where there are no
+  // products of bytes.
+  void (*attend_int8)(const TileTask& task, void* scratch);
+  void (*round_key)(const float* row, const float* offset, int width, uint8_t* out, float* scale);
+  void (*narrow_row)(const float* from, uint16_t* to, int count);  // to bfloat16
   // Returns false if a score is NaN. `scratch` holds `topk_scratch(columns)` bytes.
   bool (*topk)(const void* scores, DType dtype, int64_t columns, int64_t k, int32_t offset, int32_t* indices,
                void* scratch);

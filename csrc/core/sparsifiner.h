@@ -22,7 +22,8 @@ std::vector<Level> all_levels();        // except amx_emulated
 std::string why_not(Level level);       // why it cannot run here, or ""
 std::vector<Level> available_levels();  // those that can run here, best last
 Level active_level();
-void force_level(const std::string& name);  // "" returns to the best one; throws if it is not available
+std::vector<Precision> available_precisions();  // that make a difference at the active level
+void force_level(const std::string& name);      // "" returns to the best one; throws if it is not available
 
 // Rows of D contiguous elements, one per batch, head and token. Strides count elements.
 struct Rows {
@@ -46,7 +47,9 @@ struct Attention {
   Rows tail_k, tail_v;               // P rows per batch and head
   const float* tail_bias = nullptr;  // [B, H, T, P]
   void* out;                         // [B, N, H, D]
+  Precision precision = Precision::same;
 };
+// Entries whose bias is -inf are not read.
 void attend(const Attention& problem, int threads);
 
 // indices[R, k] of the k largest of scores[R, C] (rows `row_stride` elements apart), ascending, plus
@@ -70,6 +73,15 @@ struct TileKeys {
   int32_t* indices;  // [B, H, T, first + count]: tokens below `first`, then the selected ones, ascending
 };
 void tile_keys(const TileKeys& problem, int threads);
+
+// The same, but an image's tiles share `total` keys, those of the highest scores in all its tiles and heads: a tile
+// gets its best `least` in any case and at most `count`. Lists are padded with a token and a bias of -inf.
+struct BudgetKeys {
+  TileKeys tiles;
+  int64_t least, total;
+  float* bias;  // [B, H, T, first + count]: 0 or -inf
+};
+void budget_keys(const BudgetKeys& problem, int threads);
 
 // Means of `groups` groups of like queries in each tile. The tile's queries start in group_of[tile_size] and
 // are regrouped around the means `steps` times (Lloyd); an empty group keeps its mean.

@@ -28,6 +28,7 @@ constexpr Kernels amx_table() {
   Kernels table = float32_kernels<V, C>();
   table.attend_scratch = attend_scratch_in_amx;
   table.attend = attend_in_amx<V, Tiles>;
+  table.bfloat16_products = true;
   table.score_queries = kTileSide;
   table.key_words = words_of_tiles;
   table.pack_keys = pack_keys_in_tiles<V>;

@@ -15,6 +15,7 @@
 #include "core/bump_allocator.h"
 #include "core/kernel_table.h"
 #include "kernels/convert.h"
+#include "kernels/int8_rows.h"
 
 namespace sparsifiner {
 namespace {
@@ -25,6 +26,7 @@ enum class Mode {
   plain,    // float32 throughout
   convert,  // bfloat16 rows, widened to float32 chunk by chunk
   dot,      // pairs of bfloat16 multiplied and added in float32 (V::dot)
+  int8,     // queries and keys as bytes (V::dot_int8), values and weights in float32
 };
 
 // Scratch of one group of NV vectors of queries. A word is a float32 or a pair of bfloat16.
@@ -38,6 +40,8 @@ struct Buffers {
   float* row;         // [D]
   float* max;         // [lanes]
   float* sum;         // [lanes]
+  float* scales;      // [lanes], Mode::int8 only: of the queries
+  int32_t* starts;    // [lanes], Mode::int8 only: what the products of a query start from
 };
 
 constexpr int kMaxLanes = 64;
@@ -56,6 +60,8 @@ inline std::size_t layout(int width, int chunk, char* base, Buffers* b) {
   b->row = allocator.allocate<float>(w);
   b->max = allocator.allocate<float>(lanes);
   b->sum = allocator.allocate<float>(lanes);
+  b->scales = allocator.allocate<float>(lanes);
+  b->starts = allocator.allocate<int32_t>(lanes);
   return allocator.used;
 }
 
@@ -211,7 +217,7 @@ inline void transpose_queries(const TileTask& t, int first, int count, uint32_t*
 inline void store_query(const TileTask& t, int query, const float* row, float sum, float* scaled) {
   // Nothing was summed where every key was masked.
   const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-  if (t.dtype == DType::float32) {
+  if (t.out_dtype == DType::float32) {
     float* to = static_cast<float*>(t.out[query]);
     for (int d = 0; d < t.width; ++d) to[d] = row[d] * factor;
   } else {
@@ -244,17 +250,74 @@ inline void init_sums(int width, const Buffers& b) {
   }
 }
 
+// to[D / 4][lanes]: queries in lanes as integers of -127 to 127 times b.scales.
+template <class V, int NV>
+inline void transpose_int8_queries(const TileTask& t, int first, int count, const Buffers& b) {
+  constexpr int L = V::lanes, lanes = NV * L;
+  uint32_t bytes[L][kMaxWidth / 4];
+  for (int lane = 0; lane < lanes; lane += L) {
+    const uint32_t* rows[L];
+    for (int i = 0; i < L; ++i) {
+      rows[i] = bytes[i];
+      // Lanes without a query repeat the first one.
+      const float* query = static_cast<const float*>(t.q[first + (lane + i < count ? lane + i : 0)]);
+      const Int8Factors factors = int8_factors(query, t.width);
+      const int32_t sum = V::round_to_int8(query, factors.rounding, t.width, reinterpret_cast<int8_t*>(bytes[i]));
+      b.scales[lane + i] = factors.scale;
+      b.starts[lane + i] = -128 * sum;
+    }
+    transpose_rows<V>(rows, t.width / 4, b.q + lane, lanes);
+  }
+}
+
+// logits[j][lanes] = factors[j] * scales * (q . k[j]) + bias[j] for V::keys keys of unsigned bytes, rows `stride`
+// apart.
+template <class V, int NV>
+inline void logits_of_int8_keys(const Buffers& b, int words, const uint32_t* const* k, const float* factors,
+                                const float* bias, float* logits) {
+  constexpr int NK = V::keys, L = V::lanes;
+  typename V::I sum[NK][NV];
+  const uint32_t* row[NK];
+#pragma GCC unroll 16
+  for (int j = 0; j < NK; ++j) {
+    row[j] = k[j];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) sum[j][i] = V::load_integers(b.starts + i * L);
+  }
+  for (int w = 0; w < words; ++w) {
+    typename V::I query[NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) query[i] = V::load_integers(reinterpret_cast<const int32_t*>(b.q) + (w * NV + i) * L);
+#pragma GCC unroll 16
+    for (int j = 0; j < NK; ++j)
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) sum[j][i] = V::dot_int8(row[j][w], query[i], sum[j][i]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < NV; ++i) {
+    const typename V::F scale = V::load(b.scales + i * L);
+#pragma GCC unroll 16
+    for (int j = 0; j < NK; ++j) {
+      const typename V::F scaled = V::mul(V::to_float(sum[j][i]), scale);
+      V::store(logits + (j * NV + i) * L, V::fma(scaled, V::set(factors[j]), V::set(bias[j])));
+    }
+  }
+}
+
 // Attention of `count` queries from `first`, at most NV vectors of them.
 template <class V, Mode mode, int NV>
 inline void attend_group(const TileTask& t, int first, int count, const Buffers& b) {
   constexpr int L = V::lanes, NK = V::keys;
   constexpr float log2e = 1.44269504088896341f;
   const int words = mode == Mode::dot ? t.width / 2 : t.width;
-  transpose_queries<V, mode, NV>(t, first, count, b.q);
+  if constexpr (mode == Mode::int8)
+    transpose_int8_queries<V, NV>(t, first, count, b);
+  else
+    transpose_queries<V, mode, NV>(t, first, count, b.q);
   init_sums<NV * L>(t.width, b);
   const uint32_t* k[kChunk + kPadding];
   const uint32_t* v[kChunk];
-  float bias[kChunk + kPadding];
+  float bias[kChunk + kPadding], factors[mode == Mode::int8 ? kChunk + kPadding : 1];
   for (int start = 0; start < t.keys; start += kChunk) {
     const int size = t.keys - start < kChunk ? t.keys - start : kChunk;
     const int padded = (size + NK - 1) / NK * NK;
@@ -262,20 +325,27 @@ inline void attend_group(const TileTask& t, int first, int count, const Buffers&
       const int key = start + (j < size ? j : size - 1);
       k[j] = static_cast<const uint32_t*>(t.k[key]);
       bias[j] = t.bias != nullptr ? t.bias[key] * log2e : 0.0f;
+      if constexpr (mode == Mode::int8) factors[j] = t.key_scales[key] * t.scale * log2e;
     }
     const int next = t.keys - start - size < kChunk ? t.keys - start - size : kChunk;
-    const int row_bytes = t.width * (t.dtype == DType::float32 ? 4 : 2);
-    for (int j = 0; j < next; ++j)
-      for (int byte = 0; byte < row_bytes; byte += 64) {
+    const int value_bytes = t.width * (t.dtype == DType::float32 ? 4 : 2);
+    const int key_bytes = mode == Mode::int8 ? t.width : value_bytes;
+    for (int j = 0; j < next; ++j) {
+      for (int byte = 0; byte < key_bytes; byte += 64)
         __builtin_prefetch(static_cast<const char*>(t.k[start + size + j]) + byte, 0, 2);
+      for (int byte = 0; byte < value_bytes; byte += 64)
         __builtin_prefetch(static_cast<const char*>(t.v[start + size + j]) + byte, 0, 2);
-      }
+    }
     if constexpr (mode == Mode::convert) {
       for (int j = 0; j < size; ++j) widen(static_cast<const uint16_t*>(t.k[start + j]), b.k + j * t.width, t.width);
       for (int j = 0; j < padded; ++j) k[j] = b.k + (j < size ? j : size - 1) * t.width;
     }
-    for (int j = 0; j < padded; j += NK)
-      logits_of_keys<V, mode, NV>(b.q, words, k + j, t.scale * log2e, bias + j, b.logits + j * NV * L);
+    for (int j = 0; j < padded; j += NK) {
+      if constexpr (mode == Mode::int8)
+        logits_of_int8_keys<V, NV>(b, t.width / 4, k + j, factors + j, bias + j, b.logits + j * NV * L);
+      else
+        logits_of_keys<V, mode, NV>(b.q, words, k + j, t.scale * log2e, bias + j, b.logits + j * NV * L);
+    }
     online_softmax<V, mode, NV>(b, size, [&](const float* factors) {
       for (int i = 0; i < NV; ++i) {
         const typename V::F factor = V::load(factors + i * L);
@@ -286,7 +356,7 @@ inline void attend_group(const TileTask& t, int first, int count, const Buffers&
       }
     });
     int rows = size;
-    if constexpr (mode == Mode::plain) {
+    if constexpr (mode == Mode::plain || mode == Mode::int8) {
       for (int j = 0; j < size; ++j) v[j] = static_cast<const uint32_t*>(t.v[start + j]);
     } else if constexpr (mode == Mode::convert) {
       for (int j = 0; j < size; ++j) {

@@ -7,28 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/int8_rows.h"
 #include "kernels/scores.h"
 
 namespace sparsifiner {
 namespace {
-
-struct Int8Factors {
-  float rounding;  // row * rounding are the integers
-  float scale;     // integers * scale are the row; NaN if it holds a number that is not finite
-};
-
-inline Int8Factors int8_factors(const float* row, int width) {
-  constexpr int32_t infinity = 0x7f800000;
-  int32_t top = 0;  // as integers, magnitudes order like the floats, and NaN comes last
-  for (int d = 0; d < width; ++d) {
-    const int32_t magnitude = static_cast<int32_t>(to_bits(row[d]) & 0x7fffffff);
-    top = magnitude > top ? magnitude : top;
-  }
-  if (top >= infinity) return {0.0f, __builtin_nanf("")};
-  const float largest = from_bits(static_cast<uint32_t>(top));
-  if (largest < 1e-30f) return {0.0f, 0.0f};  // 127 divided by it might not be finite
-  return {127.0f / largest, largest / 127.0f};
-}
 
 // The row as float32: itself, or widened into `buffer`.
 inline const float* row_of_floats(const void* row, DType dtype, int width, float* buffer) {

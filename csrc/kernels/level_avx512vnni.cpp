@@ -10,6 +10,8 @@ namespace {
 
 constexpr Kernels make_table() {
   Kernels table = float32_kernels<Avx512, Avx512Compressor>();
+  table.attend_int8 = attend_tile<Avx512Vnni, Mode::int8>;
+  table.round_key = round_key<Avx512Vnni>;
   table.key_words = int8_key_words;
   table.pack_keys = pack_keys_as_int8<Avx512Vnni>;
   table.score = score_in_int8<Avx512Vnni, Avx512Compressor>;

@@ -156,6 +156,9 @@ inline bool select_keys(const ScoreTask& t, const ScoreBuffers& b, const float* 
     if (!select_topk<C>(scores, DType::float32, t.candidates, t.count, t.offset, t.indices + tile * t.out_stride,
                         b.topk))
       return false;
+    if (t.scores)
+      for (int64_t i = 0; i < t.count; ++i)
+        t.scores[tile * t.count + i] = scores[t.indices[tile * t.out_stride + i] - t.offset];
   }
   return true;
 }
@@ -172,8 +175,8 @@ template <class V, bool coarse, class C>
 inline bool select_from_logits(const ScoreTask& t, const ScoreBuffers& b) {
   float log2_sums[kMaxScoreQueries];
   if (t.spread) add_variance(t, b);
-  // One query without weights: the order of its logits is the answer.
-  if (t.pooled_queries == 1 && !t.log2_weight) return select_keys<V, C>(t, b, nullptr, nullptr);
+  // One query without weights: the order of its logits is the answer, unless other tiles must compare with it.
+  if (t.pooled_queries == 1 && !t.log2_weight && !t.scores) return select_keys<V, C>(t, b, nullptr, nullptr);
   return sum_rows<V, coarse>(t, b, log2_sums) && select_keys<V, C>(t, b, padded_weights(t, b), log2_sums);
 }
 

@@ -47,6 +47,7 @@ constexpr Kernels float32_kernels() {
   Kernels table{};
   table.attend_scratch = attend_scratch;
   table.attend = attend_by_dtype<V>;
+  table.narrow_row = narrow;
   table.topk = select_topk<C>;
   table.add_rows = add_rows;
   table.store_row = store_row;

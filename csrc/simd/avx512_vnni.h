@@ -1,4 +1,4 @@
-// Products of bytes (VNNI) in AVX-512 vectors.
+// Precision of bytes (VNNI) in AVX-512 vectors.
 #pragma once
 
 #include <immintrin.h>

@@ -23,6 +23,39 @@ void test_attention(std::mt19937& random, const char* level) {
   for (bool half : {false, true}) expect_attention(Case(random, half), level);
 }
 
+// Logits of rounded products: each factor is off by half a step, uniformly and independently of the rest, so the error
+// of a sum is a few standard deviations (six). It is a factor of the weights. The weights and values of bfloat16 are
+// rounded too. Where an instruction set rounds nothing, the result must be that of float32 to the bit.
+void test_rounded_attention(std::mt19937& random, const char* level) {
+  const Case c(random, false);
+  const std::size_t size = c.s.batch * c.s.tokens * c.s.heads * c.s.width;
+  std::vector<float> exact(size), out(size);
+  sp::Attention problem = c.problem(exact.data());
+  sp::attend(problem, 2);
+  const std::vector<sp::Precision> rounding = sp::available_precisions();
+  float largest = 0.0f;
+  for (float x : c.qkv) largest = std::max(largest, std::fabs(x));
+  for (float x : c.tail) largest = std::max(largest, std::fabs(x));
+  for (const sp::Precision precision : {sp::Precision::bfloat16, sp::Precision::int8}) {
+    problem.precision = precision;
+    problem.out = out.data();
+    sp::attend(problem, 2);
+    if (std::find(rounding.begin(), rounding.end(), precision) == rounding.end()) {
+      expect(out == exact, "attention that is not rounded", level);
+      continue;
+    }
+    const bool int8 = precision == sp::Precision::int8;
+    // The offset taken off the keys is no larger than a key.
+    const double step = int8 ? 2 * largest / 127.0 : largest * 0.0078125;
+    const double logit = 6 * 2 * step / std::sqrt(12.0);  // of sqrt(D) * size 1, scaled by D^-1/2
+    const double budget = 2 * (std::exp(logit) - 1 + (int8 ? 0 : 0.0078125)) * largest;
+    expect(c.error(out) < budget, int8 ? "attention with int8 products" : "attention with bfloat16 products", level);
+    double worst = 0;
+    for (std::size_t i = 0; i < size; ++i) worst = std::max<double>(worst, std::fabs(out[i] - exact[i]));
+    expect(c.s.tokens < 20 || worst > 0, "products are rounded", level);
+  }
+}
+
 // Keys and values of 2 x 3 heads that are copied two heads at a time, across the border of the images.
 void test_attention_in_parts(std::mt19937& random, const char* level) {
   const int64_t tokens = 6001, tile = 64;
@@ -194,6 +227,7 @@ int main() {
     test_attention_in_parts(random, name);
     for (int i = 0; i < 40; ++i) {
       test_attention(random, name);
+      test_rounded_attention(random, name);
       test_bad_indices(random, name);
       test_topk(random, name);
       test_tile_keys(random, name, i % 2 == 1);

@@ -26,6 +26,7 @@ using Bytes = std::vector<char>;
 struct Inputs {
   sp::AttentionShape s;
   sp::DType dtype;
+  sp::Precision precision;
   sp::BlockGrid grid;
   bool masked;
   std::vector<char> qkv;
@@ -38,6 +39,7 @@ struct Inputs {
     std::normal_distribution<float> normal;
     dtype = pick(0, 1) == 0 ? sp::DType::float32 : sp::DType::bfloat16;
     masked = pick(0, 1) == 1;
+    precision = static_cast<sp::Precision>(pick(0, 2));
     grid = {pick(0, 3), pick(1, 14), pick(1, 14), pick(1, 5), pick(1, 5)};
     const int64_t patches = grid.rows * grid.columns;
     s.prefix = grid.prefix;
@@ -105,6 +107,7 @@ struct Inputs {
     p.bias = masked ? bias.data() : nullptr;
     p.tail_bias = tail_bias.data();
     p.out = out.data();
+    p.precision = precision;
     sp::attend(p, threads);
     return out;
   }

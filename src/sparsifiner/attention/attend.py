@@ -86,7 +86,7 @@ def precision_of(config: SparsifinerConfig, inputs: AttentionInputs) -> torch.dt
     if config.attention_dtype == "model":
         return own
     if config.attention_dtype == "auto":
-        faster = inputs.q.device.type == "cpu" and inputs.attn_bias is None and cpu.has_bfloat16_products()
+        faster = inputs.q.device.type == "cpu" and inputs.attn_bias is None and "bfloat16" in cpu.precisions()
         return torch.bfloat16 if faster and own == torch.float32 else own
     return torch.bfloat16 if config.attention_dtype == "bfloat16" else torch.float32
 

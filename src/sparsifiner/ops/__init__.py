@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 from . import flop_formula as _flop_formula  # noqa: F401  (registers formulas)
 from .attend import choose_backend, sparse_attention, why_not
 from .block_distances import block_distances
+from .budget_keys import budget_keys
 from .count_unkept import count_unkept
 from .group_patches import group_patches
 from .group_queries import group_queries
@@ -32,6 +33,7 @@ __all__ = [
     "OPERATIONS",
     "backends",
     "block_distances",
+    "budget_keys",
     "choose_backend",
     "count_unkept",
     "group_patches",

@@ -12,6 +12,7 @@ from .registry import Operation, gradients, needs_derivatives, refusal, serving
 from .tail import Tail
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = ("same", "bfloat16", "int8")
 
 
 def sparse_attention(
@@ -23,6 +24,7 @@ def sparse_attention(
     tail: Tail | None = None,
     attn_bias: Tensor | None = None,
     scale: float | None = None,
+    precision: str = "same",
     backend: str = "auto",
 ) -> Tensor:
     """Full-rank attention of each query to the keys its tile keeps (Wei et al., section 3.4).
@@ -39,6 +41,11 @@ def sparse_attention(
         attn_bias: added to the logits per query and key, ``[1 or B, 1 or H, N, N + P]``; the last ``P``
             columns belong to the tail.
         scale: factor on the logits; ``D ** -0.5`` if None.
+        precision: what float32 inputs may be rounded to inside by a backend that is faster for it: ``same`` (nothing),
+            ``bfloat16`` (queries, keys, values and softmax weights) or ``int8`` (queries and keys, each row to -127 to
+            127 times a factor, after a vector near the mean key is taken off the keys, which changes no softmax; Zhang
+            et al., SageAttention, 2024). Sums and the result stay float32. ``sparsifiner.ops.cpu.precisions`` names
+            those that ``native`` gains by on this machine; elsewhere nothing is rounded.
         backend: ``reference`` (masked dense, the test oracle), ``gather`` (any device, differentiable),
             ``native`` (CPU inference in C++), one added by :func:`sparsifiner.ops.register_backend`, or ``auto``,
             which takes the first one that can serve the call.
@@ -52,11 +59,13 @@ def sparse_attention(
         IndexError: if an index is negative or not below ``N`` (checked where the tensors are on a CPU).
     """
     _check(q, k, v, connectivity, tail, attn_bias)
+    if precision not in PRECISIONS:
+        raise SparsifinerError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     tiling = connectivity.tiling
     pooled = (None, None, None) if tail is None else (tail.k, tail.v, tail.bias)
     tensors = (q, k, v, tiling.tokens(q.device), connectivity.indices, connectivity.bias, *pooled, attn_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return ATTEND(*tensors, tiling.num_prefix_tokens, scale, backend=backend)
+    return ATTEND(*tensors, tiling.num_prefix_tokens, scale, precision, backend=backend)
 
 
 def why_not(backend: str, q: Tensor, *others: Tensor | None, attn_bias: Tensor | None = None) -> str | None:
@@ -157,6 +166,7 @@ def _reference(
     attn_bias: Tensor | None,
     num_prefix_tokens: int,
     scale: float,
+    precision: str,
 ) -> Tensor:
     """Softmax over the kept keys by masking a dense score matrix: the oracle of every kernel. O(N^2) by intent.
 
@@ -245,7 +255,7 @@ def _backward_flops(grad: torch.Size, *shapes: object, **__: object) -> int:
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor tile_tokens, Tensor indices, Tensor? bias, Tensor? tail_k, Tensor? tail_v, "
-    "Tensor? tail_bias, Tensor? attn_bias, SymInt num_prefix_tokens, float scale"
+    "Tensor? tail_bias, Tensor? attn_bias, SymInt num_prefix_tokens, float scale, str precision"
 )
 _BATCHED = ("q", "k", "v", "indices", "bias", "tail_k", "tail_v", "tail_bias", "attn_bias")
 

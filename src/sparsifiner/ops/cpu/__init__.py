@@ -9,22 +9,13 @@ from torch import Tensor
 
 from ..registry import register_backend
 from . import binding, kernels
-from .binding import force_level, has_bfloat16_products, level, levels, missing_levels, why_missing
+from .binding import force_level, level, levels, missing_levels, precisions, why_missing
 
-__all__ = [
-    "binding",
-    "force_level",
-    "has_bfloat16_products",
-    "level",
-    "levels",
-    "missing_levels",
-    "why_missing",
-    "why_not",
-]
+__all__ = ["binding", "force_level", "level", "levels", "missing_levels", "precisions", "why_missing", "why_not"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_POOLED_QUERIES = 256  # of a tile
-_KEYS = ("tile_keys", "screened_keys")
+_KEYS = ("tile_keys", "budget_keys", "screened_keys")
 
 
 def why_not(operation: str, *, needs_gradients: bool, **arguments: Any) -> str | None:
@@ -64,6 +55,7 @@ register_backend(
         "count_unkept": kernels.count_unkept,
         "group_queries": kernels.group_queries,
         "tile_keys": kernels.tile_keys,
+        "budget_keys": kernels.budget_keys,
         "screened_keys": kernels.screened_keys,
         "topk": kernels.topk,
     },

@@ -18,9 +18,12 @@ from torch import Tensor
 from ...errors import SparsifinerError
 
 LEVEL_VARIABLE = "SPARSIFINER_CPU_LEVEL"
+INTERFACE = 2  # of the module's functions, raised with every change of them
 
 _missing: str | None = None
-_level: str | None = None  # what the kernels would say; a compiler that traces cannot ask them
+# What the kernels would say; a compiler that traces cannot ask them.
+_level: str | None = None
+_precisions: tuple[str, ...] = ()
 try:
     _native: Any = import_module("sparsifiner._native")
 except ImportError as error:
@@ -29,9 +32,14 @@ except ImportError as error:
         f"(g++ or clang) and run `pip install --force-reinstall --no-deps sparsifiner` to build it"
     )
 else:
+    if getattr(_native, "interface", 1) != INTERFACE:
+        raise ImportError(
+            f"the compiled module {_native.__file__} was built from other sources than this package; build it again, "
+            f"for instance with `pip install -e .`"
+        )
     try:
         _native.force_level(os.environ.get(LEVEL_VARIABLE, ""))
-        _level = str(_native.level())
+        _level, _precisions = str(_native.level()), tuple(_native.precisions())
     except ValueError as error:
         _missing = f"{LEVEL_VARIABLE} asks for what this machine cannot do: {error}"
 
@@ -59,9 +67,9 @@ def level() -> str | None:
     return None if _missing is not None else _level
 
 
-def has_bfloat16_products() -> bool:
-    """True where the kernels multiply pairs of bfloat16 numbers in one instruction, twice as fast as float32."""
-    return level() in ("avx512bf16", "amx", "amx_emulated")
+def precisions() -> tuple[str, ...]:
+    """What attention of float32 inputs can be rounded to for speed with the instruction set in use."""
+    return () if _missing is not None else _precisions
 
 
 @contextmanager
@@ -85,9 +93,9 @@ def force_level(name: str) -> Iterator[None]:
 
 
 def _set_level(name: str) -> None:
-    global _level
+    global _level, _precisions
     _native.force_level(name)
-    _level = str(_native.level())
+    _level, _precisions = str(_native.level()), tuple(_native.precisions())
 
 
 def readable_rows(x: Tensor) -> Tensor:
@@ -113,9 +121,9 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def call(function: str, *arguments: Any) -> None:
+def call(function: str, *arguments: Any, **options: Any) -> None:
     """Call a function of the compiled module with as many threads as torch has."""
-    getattr(_native, function)(*arguments, torch.get_num_threads())
+    getattr(_native, function)(*arguments, torch.get_num_threads(), **options)
 
 
 def is_not_a_number(error: ValueError) -> bool:

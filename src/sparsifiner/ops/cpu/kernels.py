@@ -12,6 +12,7 @@ from ...errors import SparsifinerError
 from .._common import check_tokens
 from .._common import num_blocks as blocks_in
 from ..attend import empty_output
+from ..budget_keys import BUDGET_KEYS, check_budget
 from ..pool_groups import check_member
 from ..screened_keys import SCREENED_KEYS
 from ..tile_keys import TILE_KEYS
@@ -31,6 +32,7 @@ def attend(
     attn_bias: None,
     num_prefix_tokens: int,
     scale: float,
+    precision: str,
 ) -> Tensor:
     """``sparsifiner::attend``, straight from the packed projection."""
     batch, heads, num_tokens, width = q.shape
@@ -57,6 +59,7 @@ def attend(
         rows(tail_v),
         address(tail_bias),
         address(out),
+        precision=precision,
     )
     return out
 
@@ -227,9 +230,34 @@ def screened_keys(
     return _image_by_image_on_nan(run, reference, pooled, k, weight)
 
 
+def budget_keys(
+    pooled: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    first: int,
+    most: int,
+    least: int,
+    total: int,
+    scale: float,
+    sum_probabilities: bool,
+) -> tuple[Tensor, Tensor]:
+    """``sparsifiner::budget_keys``."""
+    check_budget(pooled.shape[1] * pooled.shape[2], most, least, total)
+
+    def run(pooled: Tensor, k: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias = pooled.new_empty((*pooled.shape[:3], first + most), dtype=torch.float32)
+        budget = (least, total, address(bias))
+        return _choose_keys("budget_keys", pooled, k, weight, first, most, scale, sum_probabilities, *budget), bias
+
+    def reference(pooled: Tensor, k: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        return BUDGET_KEYS.reference(pooled, k, weight, first, most, least, total, scale, sum_probabilities)
+
+    return _image_by_image_on_nan(run, reference, pooled, k, weight)
+
+
 def _image_by_image_on_nan(
-    run: Callable[..., Tensor], reference: Callable[..., Tensor], pooled: Tensor, k: Tensor, weight: Tensor | None
-) -> Tensor:
+    run: Callable[..., Any], reference: Callable[..., Any], pooled: Tensor, k: Tensor, weight: Tensor | None
+) -> Any:
     # The kernels refuse a whole batch for one NaN. Images without any must get what they get alone.
     try:
         return run(pooled, k, weight)
@@ -239,7 +267,8 @@ def _image_by_image_on_nan(
     if len(k) == 1:
         return reference(pooled, k, weight)
     images = ((pooled[i : i + 1], k[i : i + 1], None if weight is None else weight[i : i + 1]) for i in range(len(k)))
-    return torch.cat([_image_by_image_on_nan(run, reference, *image) for image in images])
+    found = [_image_by_image_on_nan(run, reference, *image) for image in images]
+    return torch.cat(found) if isinstance(found[0], Tensor) else tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def _choose_keys(

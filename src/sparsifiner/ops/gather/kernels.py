@@ -27,8 +27,9 @@ def attend(
     attn_bias: Tensor | None,
     num_prefix_tokens: int,
     scale: float,
+    precision: str,
 ) -> Tensor:
-    """``sparsifiner::attend``."""
+    """``sparsifiner::attend``; nothing is rounded."""
     num_tokens = q.shape[2]
     out = empty_output(q)
     if num_prefix_tokens:
@@ -66,6 +67,7 @@ def attend_backward(
     attn_bias: Tensor | None,
     num_prefix_tokens: int,
     scale: float,
+    precision: str,
 ) -> list[Tensor]:
     """``sparsifiner::attend_backward``."""
     num_tokens = q.shape[2]

@@ -164,6 +164,7 @@ def attend(
     attn_bias: Tensor | None,
     num_prefix_tokens: int,
     scale: float,
+    precision: str = "same",
 ) -> Tensor:
     """Arguments and result as in ``sparsifiner::attend``; q, k and v are read in place, whatever their strides."""
     batch, heads, num_tokens, width = q.shape

@@ -237,6 +237,7 @@ def attend_backward(
     attn_bias: Tensor | None,
     num_prefix_tokens: int,
     scale: float,
+    precision: str = "same",
 ) -> list[Tensor]:
     """Arguments and results as in ``sparsifiner::attend_backward``."""
     batch, heads, num_tokens, width = q.shape
