@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_levels import LEVELS
 from torch import Tensor
 
 from sparsifiner import SparsifinerConfig, sparse_layers, sparsify
-from sparsifiner.attention.attend import attend, precision_of
+from sparsifiner.attention.attend import attend, precision_of, products_of
 from sparsifiner.attention.build import build_predictor
 from sparsifiner.geometry.tiling import Tiling
 from sparsifiner.ops import cpu
@@ -60,6 +61,32 @@ def test_auto_is_bfloat16_where_the_kernels_have_its_products() -> None:
             assert precision_of(config, _inputs(torch.float64)) == torch.float64
             biased = _inputs(torch.float32).replace(attn_bias=torch.zeros(1, 1, 65, 65))
             assert precision_of(config, biased) == torch.float32
+
+
+def test_auto_multiplies_bytes_where_the_kernels_have_only_those() -> None:
+    config = SparsifinerConfig(attention_dtype="auto")
+    biased = _inputs(torch.float32).replace(attn_bias=torch.zeros(1, 1, 65, 65))
+    for level in cpu.levels():
+        with cpu.force_level(level):
+            for inputs in (_inputs(torch.float32), _inputs(torch.float64), _inputs(torch.bfloat16), biased):
+                meet = inputs.to(precision_of(config, inputs))
+                expected = level == "avx512vnni" and inputs.q.dtype == torch.float32 and inputs.attn_bias is None
+                assert products_of(config, meet) == ("int8" if expected else "same")
+                for setting in ("model", "float32", "bfloat16"):
+                    assert products_of(config.replace(attention_dtype=setting), inputs) == "same"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_changes_a_layer_by_less_than_a_percent_or_not_at_all(level: str, dtype: torch.dtype) -> None:
+    """It is attention in float32, to the bit, where the kernels gain nothing by bytes."""
+    inputs = _inputs(dtype, width=64)
+    config = SparsifinerConfig(keep_rate=0.3, mode="sparse", attention_dtype="int8")
+    with cpu.force_level(level):
+        got, want = _run(inputs, config), _run(inputs, config.replace(attention_dtype="float32"))
+        error = (got - want).norm() / want.norm()
+        assert got.dtype == dtype
+        assert (0 < error < 0.01) if "int8" in cpu.precisions() else error == 0
 
 
 def test_a_bias_is_converted_along() -> None:

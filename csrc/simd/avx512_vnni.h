@@ -1,4 +1,4 @@
-// Precision of bytes (VNNI) in AVX-512 vectors.
+// Products of bytes (VNNI) in AVX-512 vectors.
 #pragma once
 
 #include <immintrin.h>

@@ -72,7 +72,8 @@ def attend(
             attn_bias = torch.cat([attn_bias, groups.blocks.mean_patches(patches)[..., 0]], dim=-1)
     out = sparse_attention(
         inputs.q, inputs.k, inputs.v, connectivity,
-        tail=tail, attn_bias=attn_bias, scale=inputs.scale, backend=inputs.backend,
+        tail=tail, attn_bias=attn_bias, scale=inputs.scale, precision=products_of(config, inputs),
+        backend=inputs.backend,
     )  # fmt: skip
     return out.to(model_dtype)
 
@@ -86,9 +87,21 @@ def precision_of(config: SparsifinerConfig, inputs: AttentionInputs) -> torch.dt
     if config.attention_dtype == "model":
         return own
     if config.attention_dtype == "auto":
-        faster = inputs.q.device.type == "cpu" and inputs.attn_bias is None and "bfloat16" in cpu.precisions()
-        return torch.bfloat16 if faster and own == torch.float32 else own
+        return torch.bfloat16 if "bfloat16" in _gains(inputs) else own
     return torch.bfloat16 if config.attention_dtype == "bfloat16" else torch.float32
+
+
+def products_of(config: SparsifinerConfig, inputs: AttentionInputs) -> str:
+    """What the operator may round ``inputs`` to, already in the dtype of :func:`precision_of`."""
+    if config.attention_dtype == "auto":
+        return "int8" if "int8" in _gains(inputs) else "same"
+    return "int8" if config.attention_dtype == "int8" else "same"
+
+
+def _gains(inputs: AttentionInputs) -> tuple[str, ...]:
+    """What the kernels would gain by rounding ``inputs`` to."""
+    served = inputs.q.dtype == torch.float32 and inputs.q.device.type == "cpu" and inputs.attn_bias is None
+    return cpu.precisions() if served else ()
 
 
 def dense_attention(inputs: AttentionInputs) -> Tensor:
