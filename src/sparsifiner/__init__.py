@@ -11,11 +11,12 @@ from ._utils.on_import import import_after as _import_after
 
 if TYPE_CHECKING:
     from . import functional, methods, models
-    from .attention.adapters import register_adapter
+    from .attention.adapters import register_adapter, register_attention
     from .calibration import calibrate
     from .config import SparsifinerConfig
     from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
     from .errors import SparsifinerError
+    from .geometry.conv_grid import GridSource
     from .geometry.tiling import Tiling
     from .measure.flops import count_flops
     from .ops import sparse_attention
@@ -31,6 +32,7 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Connectivity",
+    "GridSource",
     "Runtime",
     "SparsifinerConfig",
     "SparsifinerError",
@@ -49,6 +51,7 @@ __all__ = [
     "prune_tokens",
     "record",
     "register_adapter",
+    "register_attention",
     "register_predictor",
     "save_pretrained",
     "set_keep_rate",
@@ -61,6 +64,7 @@ __all__ = [
 
 _HOMES = {
     "Connectivity": "ops.connectivity",
+    "GridSource": "geometry.conv_grid",
     "Runtime": "runtime",
     "SparsifinerConfig": "config",
     "SparsifinerError": "errors",
@@ -76,6 +80,7 @@ _HOMES = {
     "prune_tokens": "reduction.pruning",
     "record": "recording",
     "register_adapter": "attention.adapters",
+    "register_attention": "attention.adapters",
     "register_predictor": "predictors",
     "save_pretrained": "saving",
     "set_keep_rate": "convert",

@@ -12,18 +12,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ._utils import checks
 from ._utils.messages import shown
 from .attention.adapters import Refusal, find_adapter
 from .attention.layer import SparseAttention
 from .attention.policy import Policy, check_fit
 from .config import SparsifinerConfig
 from .errors import SparsifinerError
+from .geometry.conv_grid import GridSource, count_prefix_tokens
 from .geometry.patch_grid import PatchGrid, drop_unused_grids
 
 M = TypeVar("M", bound=nn.Module)
-
-_NO_OWNER = "no module above it has a patch_embed and num_prefix_tokens, so the patch grid is unknown"
-_NO_CONVOLUTION = "no module above it has one convolution that makes the patches, so the patch grid is unknown"
 
 
 @dataclass(frozen=True)
@@ -73,17 +72,24 @@ def sparsify(
     config: SparsifinerConfig | None = None,
     *,
     keep_rate: float | Sequence[float] | None = None,
+    grid: GridSource | None = None,
+    num_prefix_tokens: int | None = None,
     inplace: bool = False,
 ) -> M:
-    """Make the attention of a timm Vision Transformer sparse, different for every image.
+    """Make the attention of a Vision Transformer sparse, different for every image.
 
     The model is copied unless ``inplace``; the original stays dense and untouched. Weights keep their
     names in the state dict. :func:`conversion` lists what was swapped and what was left and why.
 
     Args:
-        model: a timm model, or any module that contains one.
+        model: a model of timm, transformers, torchvision, open_clip or a repository of its own, or any module that
+            contains one.
         config: all settings; the training-free default if None.
         keep_rate: share of keys to keep, for all layers or one per layer; overrides the one in ``config``.
+        grid: the convolution that makes the patches, for models where it is not found, such as
+            ``GridSource.from_conv("conv_proj")``; it serves all layers.
+        num_prefix_tokens: with ``grid``, class and register tokens before the patches; counted by the names of the
+            model's parameters if None.
         inplace: convert ``model`` itself and return it.
 
     Returns:
@@ -91,8 +97,8 @@ def sparsify(
 
     Raises:
         SparsifinerError: if no attention layer can be converted (the reasons are listed), the model drops patches,
-            ``config`` is no configuration, a keep rate is out of range, or the patch grid has no room for a tile with
-            ``mode="sparse"``. ``model`` is unchanged then.
+            ``config`` is no configuration, a keep rate is out of range, ``grid`` names no convolution, or the patch
+            grid has no room for a tile with ``mode="sparse"``. ``model`` is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise SparsifinerError(
@@ -107,9 +113,10 @@ def sparsify(
         )
     if keep_rate is not None:
         config = config.replace(keep_rate=keep_rate)
+    _check_grid(grid, num_prefix_tokens)
     if not inplace:
         model = copy.deepcopy(model)
-    found, stayed = _survey(model)
+    found, stayed = _survey(model, grid)
     if not found:
         raise SparsifinerError(_nothing_to_convert(model, stayed))
     grids: dict[str, PatchGrid] = {}
@@ -119,6 +126,9 @@ def sparsify(
         dense, layer_config = model.get_submodule(layer.paths[0]), config.for_layer(number, len(found))
         adapter = find_adapter(dense)
         assert isinstance(adapter, type)
+        if grid is not None and not grids:
+            tokens = count_prefix_tokens(model) if num_prefix_tokens is None else num_prefix_tokens
+            grids[layer.owner] = grid.follow(model, tokens)
         if layer.owner not in grids:
             grids[layer.owner] = adapter.follow_grid(_owner_of(model, layer.owner), dense)
         check_fit(grids[layer.owner].shape, layer_config)
@@ -129,9 +139,9 @@ def sparsify(
                 model.set_submodule(path, sparse)
             else:
                 model.get_submodule(path).add_module(sparse.child, sparse)
-    for owner, grid in grids.items():
+    for owner, followed in grids.items():
         blocks = [_block_of(model, path) for layer in found if layer.owner == owner for path in layer.paths]
-        grid.attach(_owner_of(model, owner), [model.get_submodule(block) for block in blocks if block != owner])
+        followed.attach(_owner_of(model, owner), [model.get_submodule(block) for block in blocks if block != owner])
     for kind in dict.fromkeys(type(layer) for layer in layers):
         kind.converted(model)
     swapped = [Swapped(path, layer.dense_class) for layer in found for path in layer.paths]
@@ -251,7 +261,16 @@ class _Found:
     unused_hooks: dict[str, str]
 
 
-def _survey(model: nn.Module) -> tuple[list[_Found], list[StayedDense]]:
+def _check_grid(grid: GridSource | None, num_prefix_tokens: int | None) -> None:
+    if grid is not None and not isinstance(grid, GridSource):
+        raise SparsifinerError(f'grid must be a GridSource, such as GridSource.from_conv("conv_proj"); got {grid!r}')
+    if num_prefix_tokens is not None:
+        checks.number("num_prefix_tokens", num_prefix_tokens, least=0, integer=True)
+        if grid is None:
+            raise SparsifinerError("num_prefix_tokens goes with grid=GridSource.from_conv(...), which is missing")
+
+
+def _survey(model: nn.Module, grid: GridSource | None = None) -> tuple[list[_Found], list[StayedDense]]:
     """Attention layers to convert, each with the path of the model that embeds its patches; and the others."""
     found: dict[int, _Found] = {}
     stayed: list[StayedDense] = []
@@ -259,12 +278,17 @@ def _survey(model: nn.Module) -> tuple[list[_Found], list[StayedDense]]:
         adapter = find_adapter(module)
         if isinstance(adapter, type):
             owner = adapter.find_owner(model, name)
+            if grid is not None and (not isinstance(owner, Refusal) or owner.lacks_grid):
+                owner = ""
             if isinstance(owner, str):
                 _check_patch_drop(_owner_of(model, owner))
                 layer = found.setdefault(id(module), _Found([], owner, type(module).__name__, _hooks_that_stop(module)))
                 layer.paths.append(name)
                 continue
-            adapter = owner or Refusal(_NO_OWNER if adapter.child is None else _NO_CONVOLUTION)
+            adapter = owner or Refusal(
+                f"no module above it has {adapter.tells_grid}, so the patch grid is unknown; pass "
+                f'grid=GridSource.from_conv("path.of.the.convolution")'
+            )
         if adapter is not None:
             stayed.append(StayedDense(name, type(module).__name__, adapter.reason, adapter.costly))
     return list(found.values()), stayed

@@ -41,6 +41,8 @@ class SparseAttention(nn.Module):
     """:meth:`project` may return a bias."""
     child: ClassVar[str | None] = None
     """Name under which the layer is put inside the dense one, which stays; None where it takes its place."""
+    tells_grid: ClassVar[str] = "a patch_embed and num_prefix_tokens"
+    """What a module above the layer needs for the patch grid to be known."""
     num_heads: int
     scale: float
     proj: Any
@@ -131,8 +133,8 @@ class SparseAttention(nn.Module):
         own = getattr(self, "head_dim", None)
         return own if isinstance(own, int) else int(self.proj.in_features) // self.num_heads
 
-    def project(self, x: Tensor, **context: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v ``[B, H, N, D]`` and an additive bias ``[1 or B, 1 or H, N, N]`` or None."""
+    def project(self, x: Tensor, **context: Any) -> Any:
+        """q, k, v ``[B, H, N, D]``, and an additive bias ``[1 or B, 1 or H, N, N]`` or None where there is one."""
         raise NotImplementedError
 
     def merge(self, x: Tensor, out: Tensor) -> Tensor:
@@ -141,17 +143,23 @@ class SparseAttention(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **context: Any) -> Tensor:
         """The dense layer's contract: ``[B, N, C]`` to ``[B, N, C]``."""
-        q, k, v, attn_bias = self.project(x, *args, **context)
-        out = self.attend(q, k, v, attn_bias)
+        out = self.attend(*self.project(x, *args, **context))
         return self.merge(x, out.transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         """Attention of queries, keys and values ``[B, H, N, D]`` of the present input: ``[B, H, N, D]``."""
+        layout = self.grid.layout(q.shape[2])
+        layout = None if layout is None or layout.is_sorted or layout.num_tokens != q.shape[2] else layout
+        if layout is not None:
+            q, k, v = (layout.sort(x, 2) for x in (q, k, v))
+            if attn_bias is not None:
+                attn_bias = layout.sort(layout.sort(attn_bias, 2), 3)
         observe = None if self.observer is None else partial(self.observer, self)
-        return attend(
+        out = attend(
             self.inputs(q, k, v, attn_bias), self.predictor, self.config,
             policy=self.override, training=self.training, observe=observe,
         )  # fmt: skip
+        return out if layout is None else layout.unsort(out, 2)
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None = None) -> AttentionInputs:
         """Inputs of attention; q and k get the dtype of v, since autocast leaves norms and rotations in float32."""
@@ -165,7 +173,8 @@ class SparseAttention(nn.Module):
         if tiling.num_tokens != num_tokens:
             raise SparsifinerError(
                 f"attention got {num_tokens} tokens, but the image has a {tiling.grid[0]}x{tiling.grid[1]} patch grid "
-                f"and {tiling.num_prefix_tokens} prefix tokens; patch dropout and token merging are not supported"
+                f"and {tiling.num_prefix_tokens} prefix tokens; patch dropout and token merging are not supported, and "
+                f"where the model has other prefix tokens, pass num_prefix_tokens to sparsify"
             )
         return tiling
 

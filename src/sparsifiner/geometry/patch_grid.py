@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import SparsifinerError
 from .forward_pass import ForwardPass
-from .frames import FrameTiling
+from .frames import FrameTiling, TokenLayout
 from .subset import SubsetTiling
 from .tiling import Tiling
 
@@ -111,6 +111,10 @@ class PatchGrid:
                 return FrameTiling.of((state.num_frames, *state.shape), tile, self.num_prefix_tokens)
             return Tiling(state.shape, tile, self.num_prefix_tokens)
         return SubsetTiling.of(positions, state.shape, tile, self.num_prefix_tokens, num_tokens)
+
+    def layout(self, num_tokens: int) -> TokenLayout | None:
+        """The order of a sequence of ``num_tokens`` tokens; None where prefix tokens come first, then the patches."""
+        return None
 
     def projected(self, proj: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Hook of the embedding's convolution: its output ``[B, C, rows, columns]`` is the grid."""

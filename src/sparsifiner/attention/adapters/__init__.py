@@ -3,12 +3,12 @@
 from .bias import SparseBeitAttention, SparseRelPosAttention
 from .mha import SparseMultiheadAttention
 from .refused import REFUSED, Refusal
-from .registry import Adapter, find_adapter, register_adapter
+from .registry import Adapter, find_adapter, register_adapter, register_attention
 from .rope import SparseEvaAttention, SparseRopeAttention
 from .scored import SparseScoredAttention
 from .vit import SparseVitAttention
 
-__all__ = ["REFUSED", "Adapter", "Refusal", "find_adapter", "register_adapter"]
+__all__ = ["REFUSED", "Adapter", "Refusal", "find_adapter", "register_adapter", "register_attention"]
 
 for _adapter in (
     SparseVitAttention,

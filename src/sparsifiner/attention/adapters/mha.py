@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import SparsifinerError
-from ...geometry.conv_grid import ConvGrid, find_conv_grid, patch_convolutions
+from ...geometry.conv_grid import GridSource, count_prefix_tokens, patch_convolutions
 from ...geometry.patch_grid import PatchGrid
 from ..layer import SparseAttention, refuse_mask
 from .refused import REFUSED, Refusal
 from .vit import split_qkv
-
-_CLASS_TOKENS = ("class_token", "class_embedding", "cls_token")
 
 
 class SparseMultiheadAttention(SparseAttention, nn.MultiheadAttention):
@@ -41,19 +39,18 @@ class SparseMultiheadAttention(SparseAttention, nn.MultiheadAttention):
             if not convolutions:
                 continue
             own = [path for path in convolutions if "." not in path]
-            if len(convolutions) == len(own) == 1 and any(hasattr(owner, token) for token in _CLASS_TOKENS):
+            if len(convolutions) == len(own) == 1 and count_prefix_tokens(owner) == 1:
                 return name
-            return Refusal("no module above it has one patch convolution and a class token, so its tokens are unknown")
+            return Refusal(
+                "no module above it has one patch convolution and a class token, so its tokens are unknown",
+                lacks_grid=True,
+            )
         return None
 
     @classmethod
     def follow_grid(cls, owner: Any, dense: nn.Module) -> PatchGrid:
         (path,) = patch_convolutions(owner)
-        conv = owner.get_submodule(path)
-        size = conv.kernel_size
-        sides = getattr(owner, "image_size", 224)
-        height, width = sides if isinstance(sides, (tuple, list)) else (sides, sides)
-        return find_conv_grid(conv) or ConvGrid((height // size[0], width // size[1]), path, size, 1)
+        return GridSource(path).follow(owner, count_prefix_tokens(owner))
 
     def head_width(self) -> int:
         return self.embed_dim // self.num_heads

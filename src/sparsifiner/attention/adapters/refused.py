@@ -12,10 +12,12 @@ class Refusal:
     Args:
         reason: in words, for the user.
         costly: dense attention over all tokens goes on, which deserves a warning; what costs O(N) is only listed.
+        lacks_grid: only the patch grid was not found, which the caller of ``sparsify`` may know.
     """
 
     reason: str
     costly: bool = True
+    lacks_grid: bool = False
 
 
 _WINDOWS = Refusal("it already attends inside small windows only, so there is nothing to select")

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from ...config import SparsifinerConfig
 from ...errors import SparsifinerError
-from ...geometry.conv_grid import ConvGrid, find_conv_grid, patch_convolutions
+from ...geometry.conv_grid import GridSource, find_conv_owner, patch_convolutions
 from ...geometry.patch_grid import PatchGrid
 from ..layer import SparseAttention
 from ..module_state import weight_like
@@ -89,7 +89,7 @@ class InterfaceAttention(SparseAttention):
     dense_class: ClassVar[type[nn.Module]] = nn.Module
     takes_bias: ClassVar[bool] = True
     child: ClassVar[str | None] = NAME
-    grid: ConvGrid
+    tells_grid: ClassVar[str] = "one convolution that makes the patches"
 
     @classmethod
     def refusal(cls, dense: nn.Module) -> str | None:
@@ -110,28 +110,15 @@ class InterfaceAttention(SparseAttention):
         block = model.get_submodule(name.rpartition(".")[0])
         if isinstance(getattr(block, "window_size", None), int) and block.window_size > 0:  # type: ignore[operator]
             return REFUSED["WindowAttention"]
-        while name:
-            name = name.rpartition(".")[0]
-            convolutions = patch_convolutions(model.get_submodule(name))
-            if convolutions:
-                return name if len(convolutions) == 1 else None
-        return None
+        return find_conv_owner(model, name)
 
     @classmethod
     def follow_grid(cls, owner: Any, dense: nn.Module) -> PatchGrid:
         (path,) = patch_convolutions(owner)
-        conv: Any = owner.get_submodule(path)
-        found = find_conv_grid(conv)
-        if found is not None:
-            return found
         config: Any = dense.config
         family = FAMILIES[config.model_type]
-        size = conv.kernel_size[-2:]
-        image_size = getattr(config, "image_size", getattr(config, "crop_size", 224))
-        height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
-        suffix = family.num_suffix_tokens(config)
-        prefix = family.num_prefix_tokens(config) + suffix
-        return ConvGrid((height // size[0], width // size[1]), path, size, prefix, suffix)
+        tokens = family.num_prefix_tokens(config), family.num_suffix_tokens(config)
+        return GridSource(path).follow(owner, *tokens, built_by=config)
 
     @classmethod
     def converted(cls, model: nn.Module) -> None:
@@ -174,7 +161,7 @@ class InterfaceAttention(SparseAttention):
         self.head_dim = int(getattr(source, "head_dim", None) or source.attention_head_size)
         self.scale = float(source.scaling if hasattr(source, "scaling") else source.scale)
         self._like = torch.empty(0, dtype=weight_like(dense).dtype, device=weight_like(dense).device)
-        self.grid = grid  # type: ignore[assignment]
+        self.grid = grid
         self.config = config
         self.override = None
         self.observer = None
@@ -183,12 +170,6 @@ class InterfaceAttention(SparseAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> Tensor:
         """Attention of ``[B, H, N, D]`` in the order of the model's sequence."""
-        layout = self.grid.layout
-        if q.shape[2] == layout.num_tokens and not layout.is_sorted:
-            q, k, v = (layout.sort(x, 2) for x in (q, k, v))
-            if attn_bias is not None:
-                attn_bias = layout.sort(layout.sort(attn_bias, 2), 3)
-            return layout.unsort(self.attend(q, k, v, attn_bias), 2)
         return self.attend(q, k, v, attn_bias)
 
 
