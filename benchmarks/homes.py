@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from conftest import lively
 from homes import TRANSFORMERS, first_tensor, pixels
+from test_decomposed import MODELS as SAM
 from test_homes import MODELS
 from test_repositories import MODELS as REPOSITORIES
 
@@ -43,7 +44,7 @@ def families() -> dict[str, tuple[nn.Module, Callable[[nn.Module], torch.Tensor]
     found: dict[str, tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]] = {}
     for name, home in TRANSFORMERS.items():
         found[f"transformers {name}"] = home.build(), lambda model, home=home: first_tensor(model(**home.inputs()))
-    for name, (build, run) in MODELS.items():
+    for name, (build, run) in {**MODELS, **SAM}.items():
         found[name] = build(), lambda model, run=run: run(model, pixels(2, 3, 64, 64))
     for name, (build, size, _) in REPOSITORIES.items():
         found[f"one qkv, {name}"] = build(), lambda model, size=size: model(pixels(*size))

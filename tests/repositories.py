@@ -161,3 +161,62 @@ class MultiView(nn.Module):
             x, everywhere = x.reshape(batch, -1, x.shape[-1]), pos.reshape(batch, -1, 2)
             x = across(x, pos=everywhere).reshape(batch * frames, -1, x.shape[-1])
         return x
+
+
+class MapAttention(nn.Module):
+    """segment-anything's: maps of tokens, a relative position for rows and one for columns, weights of all pairs."""
+
+    def __init__(self, dim: int, num_heads: int, side: int) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.use_rel_pos = num_heads, (dim // num_heads) ** -0.5, True
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
+
+    def distances(self, side: int) -> Tensor:
+        return torch.arange(side)[:, None] - torch.arange(side)[None] + side - 1
+
+    def table(self, rel_pos: Tensor, side: int) -> Tensor:
+        resized = F.interpolate(rel_pos.T[None], size=2 * side - 1, mode="linear")[0].T
+        return resized[self.distances(side)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        places = q.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", places, self.table(self.rel_pos_h, height))
+        columns = torch.einsum("bnhwc,wkc->bnhwk", places, self.table(self.rel_pos_w, width))
+        bias = (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
+        out = ((q * self.scale) @ k.mT + bias).softmax(-1) @ v
+        return self.proj(out.transpose(1, 2).flatten(2)).unflatten(1, (height, width))
+
+
+class MapBlock(nn.Module):
+    def __init__(self, dim: int, attention: nn.Module, window_size: int) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.window_size = nn.LayerNorm(dim), attention, window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.window_size:
+            return x + self.attn(self.norm1(x))
+        side, (rows, columns) = self.window_size, x.shape[1:3]
+        y = F.pad(self.norm1(x), (0, 0, 0, -columns % side, 0, -rows % side))
+        cut = y.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+        out = self.attn(cut.flatten(0, 2)).view(cut.shape)
+        return x + out.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
+
+
+class MapViT(nn.Module):
+    """segment-anything's encoder: no prefix tokens, windows but for the global blocks."""
+
+    def __init__(self, dim: int = 32, attention: type[nn.Module] = MapAttention) -> None:
+        super().__init__()
+        self.img_size, self.patch_embed = 64, Embed(dim, flat=False)
+        sides = [(0, 8), (4, 4), (0, 8)]
+        self.blocks = nn.ModuleList([MapBlock(dim, attention(dim, 2, side), window) for window, side in sides])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x

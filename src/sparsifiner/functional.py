@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._utils.checks import choose, number
 from .attention.attend import LayerRecord, attend
+from .attention.decomposed import fold_bias
 from .attention.policy import Policy
 from .config import SparsifinerConfig
 from .errors import SparsifinerError
@@ -41,7 +42,7 @@ def scaled_dot_product_attention(
     keep_rate: float | None = ...,
     config: SparsifinerConfig | None = ...,
     predictor: Predictor | None = ...,
-    attn_bias: Tensor | None = ...,
+    attn_bias: Tensor | tuple[Tensor, Tensor] | None = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
     backend: str | None = ...,
@@ -64,7 +65,7 @@ def scaled_dot_product_attention(
     keep_rate: float | None = ...,
     config: SparsifinerConfig | None = ...,
     predictor: Predictor | None = ...,
-    attn_bias: Tensor | None = ...,
+    attn_bias: Tensor | tuple[Tensor, Tensor] | None = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
     backend: str | None = ...,
@@ -86,7 +87,7 @@ def scaled_dot_product_attention(
     keep_rate: float | None = None,
     config: SparsifinerConfig | None = None,
     predictor: Predictor | None = None,
-    attn_bias: Tensor | None = None,
+    attn_bias: Tensor | tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     backend: str | None = None,
@@ -116,7 +117,9 @@ def scaled_dot_product_attention(
         config: all settings; the training-free default if None.
         predictor: chooses the keys, with weights of its own; the one that ``config`` names if None.
         attn_bias: mask that is True where a query may attend to a key, or numbers added to the logits, of a shape that
-            broadcasts to ``[B, H, N, N]``. Padded keys are a mask ``[B, 1, 1, N]``.
+            broadcasts to ``[B, H, N, N]``. Padded keys are a mask ``[B, 1, 1, N]``. Two tensors are a bias decomposed
+            as in SAM, towards the keys of each row ``[B, H, N, rows]`` and of each column ``[B, H, N, columns]`` of one
+            frame; they become further columns of query and key, and no ``[N, N]`` is made.
         scale: factor on the logits; ``D ** -0.5`` if None.
         enable_gqa: the heads of key and value may be fewer than those of the query.
         backend: which kernels compute (see :func:`sparsifiner.sparse_attention`); the one in ``config`` if None.
@@ -139,8 +142,12 @@ def scaled_dot_product_attention(
         raise SparsifinerError("this is the attention of one layer: give one keep_rate, not one per layer")
     layout = _layout(grid, num_prefix_tokens, prefix_per_frame, num_suffix_tokens, order)
     _check(query, key, value, layout, enable_gqa)
-    bias = _additive(attn_bias, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    width = query.shape[-1]
+    if isinstance(attn_bias, tuple):
+        query, key, value = _fold(attn_bias, query, key, value, layout, scale)
+        attn_bias = None
+    bias = _additive(attn_bias, query)
     if predictor is None:
         predictor = _weightless(config, query, layout)
     policy = Policy.of(config)
@@ -149,6 +156,7 @@ def scaled_dot_product_attention(
     inputs = AttentionInputs(query, key, value, tiling, scale, bias, config.backend)
     if policy.runs_dense(inputs, config, predictor, training=False):
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=enable_gqa)
+        out = out[..., :width]
         return (out, None) if return_connectivity else out
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -162,7 +170,7 @@ def scaled_dot_product_attention(
         AttentionInputs(query, key, value, tiling, scale, bias, config.backend),
         predictor, config, policy=Policy("sparse"), observe=seen.append if return_connectivity else None,
     )  # fmt: skip
-    out = layout.unsort(out, 2)
+    out = layout.unsort(out, 2)[..., :width]
     return (out, seen[0].connectivity) if return_connectivity else out
 
 
@@ -219,6 +227,23 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, enabl
         )
     if heads % key.shape[1]:
         raise SparsifinerError(f"query has {heads} heads, which must be a multiple of the {key.shape[1]} of key")
+
+
+def _fold(
+    biases: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value whose attention without a bias is that with the decomposed one."""
+    frames, rows, columns = layout.grid
+    if frames > 1 or not layout.is_sorted:
+        raise SparsifinerError("a decomposed attn_bias is for the patches of one frame, row by row, without a suffix")
+    for what, size, bias in zip(("rows", "columns"), (rows, columns), biases, strict=True):
+        want = [*query.shape[:3], size]
+        if list(bias.shape) != want or bias.device != query.device or not bias.is_floating_point():
+            raise SparsifinerError(
+                f"a decomposed attn_bias is two floating-point tensors on {query.device}; that of {what} must have "
+                f"shape {want}, got {list(bias.shape)}, {bias.dtype} on {bias.device}"
+            )
+    return fold_bias(query, key, value, *biases, scale, layout.num_front_tokens)
 
 
 def _additive(attn_bias: Tensor | None, query: Tensor) -> Tensor | None:

@@ -24,7 +24,12 @@ def connect(modeling: Any) -> None:
         return
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    original = base.post_init
+    original_init, original = base.__init__, base.post_init
+
+    @wraps(original_init)
+    def init(self: Any, *arguments: Any, **settings: Any) -> None:
+        name_in_dictionaries(sys.modules[type(self).__module__])
+        original_init(self, *arguments, **settings)
 
     @wraps(original)
     def post_init(self: Any) -> None:
@@ -33,9 +38,16 @@ def connect(modeling: Any) -> None:
             convert_new(self)
 
     post_init._sparsifiner = True  # type: ignore[attr-defined]
-    base.post_init = post_init
+    base.__init__, base.post_init = init, post_init
     modeling.AttentionInterface.register(NAME, sparse_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def name_in_dictionaries(modeling: Any) -> None:
+    """SAM's modules choose the class of their attention from a dictionary of their own, before it can become sparse."""
+    for name, classes in list(vars(modeling).items()):
+        if name.endswith("VISION_ATTENTION_CLASSES") and "sdpa" in classes:
+            classes.setdefault(NAME, classes["sdpa"])
 
 
 def convert_new(model: Any) -> None:

@@ -5,7 +5,9 @@ Their classes are matched by structure, not by name, and checked by numbers befo
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +42,12 @@ class SparsePackedAttention(SparseAttention):
         rate = getattr(dense, "attn_drop", 0.0)
         if isinstance(rate, float) and rate > 0:
             return f"it drops attention weights (attn_drop={rate}), which a sparse layer cannot; build it with 0"
-        return super().refusal(dense) or why_not_movable(dense) or why_not_equal(dense)
+        return super().refusal(dense) or why_not_movable(dense) or cls.check(dense)
+
+    @classmethod
+    def check(cls, dense: Any) -> str | None:
+        """The reason why the layer would not compute what ``dense`` does, or None."""
+        return why_not_equal(dense)
 
     @classmethod
     def find_owner(cls, model: nn.Module, name: str) -> str | None:
@@ -78,7 +85,8 @@ class SparsePackedAttention(SparseAttention):
 
 def project(layer: Any, x: Tensor, rope: Any = None, pos: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v ``[B, H, N, D]`` of a layer of this structure."""
-    q, k, v = split_qkv(layer.qkv(x), layer.num_heads)
+    heads = layer.num_heads if hasattr(layer, "num_heads") else layer.num_attention_heads
+    q, k, v = split_qkv(layer.qkv(x), heads)
     q, k = (norm(y) if norm is not None else y for norm, y in ((getattr(layer, "q_norm", None), q),
                                                               (getattr(layer, "k_norm", None), k)))  # fmt: skip
     own = getattr(layer, "rope", None)
@@ -106,18 +114,23 @@ def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return torch.cat([prefix, patches], dim=-2).to(x.dtype)
 
 
+def has_one_qkv(module: nn.Module) -> bool:
+    """True for a module with ``qkv``, ``proj``, heads and a scale, and no child that is not known here."""
+    children = {name for name, child in module.named_children() if child is not None}
+    qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
+    heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", None))
+    return (
+        {"qkv", "proj"} <= children <= _CHILDREN
+        and isinstance(heads, int)
+        and isinstance(getattr(module, "scale", None), float)
+        and getattr(qkv, "out_features", 0) == 3 * getattr(proj, "in_features", -1)
+    )
+
+
 def find_packed_adapter(module: nn.Module) -> type[SparsePackedAttention] | Refusal | None:
     """The adapter where ``module`` has this structure and gives these numbers, the reason if not the latter, or None
     for other modules."""
-    children = {name for name, child in module.named_children() if child is not None}
-    qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
-    if not (
-        {"qkv", "proj"} <= children <= _CHILDREN
-        and not module._parameters
-        and isinstance(getattr(module, "num_heads", None), int)
-        and isinstance(getattr(module, "scale", None), float)
-        and getattr(qkv, "out_features", 0) == 3 * getattr(proj, "in_features", -1)
-    ):
+    if module._parameters or not has_one_qkv(module):
         return None
     reason = SparsePackedAttention.refusal(module)
     return SparsePackedAttention if reason is None else Refusal(reason)
@@ -128,41 +141,64 @@ def why_not_equal(dense: Any) -> str | None:
 
     Both run on random tokens, with rotary embeddings where ``dense`` takes them.
     """
-    like = weight_like(dense)
     known = inspect.signature(type(dense).forward).parameters
     unknown = [name for name in list(known)[2:] if name not in _CONTEXT]
     if unknown:
         return f"its forward takes {', '.join(unknown)}, which the adapter for attention with one qkv does not know"
-    if like.device.type == "meta":
-        return "its weights are on the meta device, so it cannot be checked; load them first"
-    tokens, width = 10, dense.proj.in_features
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, tokens, width, generator=generator).to(like)
-    contexts: list[dict[str, Any]] = [{}]
-    if "rope" in known:
-        angles = torch.rand(tokens - 1, width // dense.num_heads, generator=generator).to(like)
-        contexts += [{"rope": (angles.sin().to(dtype), angles.cos().to(dtype))} for dtype in (x.dtype, torch.bfloat16)]
-    if getattr(dense, "rope", None) is not None:
-        places = torch.arange(tokens, device=like.device)
-        contexts = [{"pos": torch.stack([places // 3, places % 3], dim=-1).expand(2, -1, -1)}]
-    training = dense.training
-    dense.eval()
-    try:
-        with torch.no_grad():
-            for context in contexts:
-                q, k, v = project(dense, x, **context)
-                out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), scale=dense.scale)
-                ours = merge(dense, out.to(v.dtype).transpose(1, 2).flatten(2))
-                theirs = type(dense).forward(dense, x, **context)
-                error = ((ours - theirs).float().norm() / theirs.float().norm().clamp(min=1e-30)).item()
-                if not error <= 16 * torch.finfo(like.dtype).eps:
-                    return (
-                        f"it looks like attention with one qkv, but on random tokens its output is not that of "
-                        f"softmax(q k^T) v (relative difference {error:.1e})"
-                    )
-    except Exception as failure:
-        what = f"{type(failure).__name__}: {failure}"
-        return f"it looks like attention with one qkv, but could not be run to check that ({what})"
-    finally:
-        dense.train(training)
-    return None
+
+    def run(layer: Any, ours: bool) -> Tensor:
+        like, tokens, width = weight_like(layer), 10, layer.proj.in_features
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, tokens, width, generator=generator).to(like)
+        contexts: list[dict[str, Any]] = [{}]
+        if "rope" in known:
+            angles = torch.rand(tokens - 1, width // layer.num_heads, generator=generator).to(like)
+            for dtype in (x.dtype, torch.bfloat16):
+                contexts.append({"rope": (angles.sin().to(dtype), angles.cos().to(dtype))})
+        if getattr(layer, "rope", None) is not None:
+            places = torch.arange(tokens, device=like.device)
+            contexts = [{"pos": torch.stack([places // 3, places % 3], dim=-1).expand(2, -1, -1)}]
+        if not ours:
+            return torch.stack([layer(x, **context) for context in contexts])
+        outputs = []
+        for context in contexts:
+            q, k, v = project(layer, x, **context)
+            out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), scale=layer.scale)
+            outputs.append(merge(layer, out.to(v.dtype).transpose(1, 2).flatten(2)))
+        return torch.stack(outputs)
+
+    return difference(dense, run)
+
+
+def difference(dense: nn.Module, run: Callable[[Any, bool], Tensor]) -> str | None:
+    """The reason why ``run(layer, True)``, what is computed here, is not ``run(layer, False)``, what ``dense`` does,
+    for a copy of ``dense`` whose constant parameters, such as fresh tables of zeros, are random."""
+    with torch.no_grad(), torch.device("cpu"):
+        try:
+            layer = copy.deepcopy(dense).eval()
+            generator = torch.Generator().manual_seed(0)
+            if weight_like(layer).device.type == "meta":
+                layer = layer.to_empty(device="cpu")
+                for tensor in (*layer.parameters(), *layer.buffers()):
+                    tensor.fill_(1)
+            for module in layer.modules():
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
+            for parameter in layer.parameters():
+                if (
+                    parameter.is_floating_point()
+                    and parameter.numel() > 1
+                    and (parameter == parameter.flatten()[0]).all()
+                ):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+            got, want = run(layer, True), run(layer, False)
+            error = ((got - want).float().norm() / want.float().norm().clamp(min=1e-30)).item()
+        except Exception as failure:
+            what = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            return f"it looks like attention with one qkv, but could not be run to check that ({what})"
+    if error <= 16 * torch.finfo(want.dtype).eps:
+        return None
+    return (
+        f"it looks like attention with one qkv, but on random tokens its output is not that of softmax(q k^T) v "
+        f"(relative difference {error:.1e})"
+    )

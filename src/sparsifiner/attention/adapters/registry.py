@@ -9,6 +9,7 @@ from torch import nn
 from ...errors import SparsifinerError
 from ..layer import SparseAttention
 from ..module_state import why_not_movable
+from .decomposed import find_decomposed_adapter
 from .packed import find_packed_adapter
 from .refused import REFUSED, Refusal
 
@@ -78,6 +79,10 @@ def find_adapter(module: nn.Module) -> Adapter | Refusal | None:
         reason = adapter.refusal(module) or why_not_movable(module)
         return adapter if reason is None else Refusal(reason)
     name = type(module).__name__
+    if name.endswith("Attention"):
+        decomposed = find_decomposed_adapter(module)
+        if decomposed is not None:
+            return decomposed
     if type(module).__module__.startswith("transformers."):
         from .transformers import find_interface_adapter
 
