@@ -95,8 +95,9 @@ def resources(compiled: Any, arch: str) -> Row:
         found["products"] = sorted(set(re.findall(r"(v_mfma_f32)", asm)))
         used = math.ceil(max(1, vector + accumulator) / 8) * 8
     per_program = warps * target.warp_size
+    reserved = 1024 if target.backend == "cuda" else 0  # of each program, by the driver
     found["programs_at_once"] = min(
-        registers // (used * per_program), threads // per_program, shared // max(1, found["shared_bytes"] + 1024)
+        registers // (used * per_program), threads // per_program, shared // max(1, found["shared_bytes"] + reserved)
     )
     return found
 
@@ -188,7 +189,7 @@ def faults(rows: list[Row]) -> list[str]:
             size = {"float32": 4}.get(row["dtype"], 2)
             copies = row["block_n"] * row["head_dim"] * size // 16 // (32 * row["num_warps"])
             # Keys and values of two loops, once in each and once before it at least.
-            if row["copies_of_16_bytes"] < 8 * max(1, copies):
+            if row["copies_of_16_bytes"] < 8 * copies:
                 found.append(f"{name}: {row['copies_of_16_bytes']} asynchronous copies of 16 bytes, not {8 * copies}")
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._common import check_tokens, num_blocks
 from ..pool_groups import check_member
-from .launch import block_width, exact_products, launch, readable
+from .launch import block_width, exact_products, launch, products, readable
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def join_kernel(
     number = tl.where(exists, row * blocks_across + column, -1)
     centres = rows_of(centre_ptr + offset * num_blocks * D, number, D, D, BLOCK_D)
     # |x - c|^2 without the part that is the same for all groups, negated and halved.
-    nearness = tl.dot(x, tl.trans(centres), input_precision=EXACT) - tl.sum(centres * centres, 1)[None, :] / 2
+    nearness = products(x.to(x_ptr.dtype.element_ty), centres, EXACT) - tl.sum(centres * centres, 1)[None, :] / 2
     nearest = tl.argmax(tl.where(exists[None, :], nearness, float("-inf")), 1)
     member = (block_row + nearest // 3 - 1) * blocks_across + block_column + nearest % 3 - 1
     tl.store(member_ptr + offset * grid_rows * grid_columns + patch, member, mask=patch >= 0)
@@ -209,7 +209,7 @@ def sizes(width: int, block: tuple[int, int], patches: int) -> dict[str, int]:
     places, block_d = triton.next_power_of_2(patches), block_width(width)
     return {
         "D": width, "BLOCK_D": block_d, "ROWS": block[0], "COLUMNS": block[1], "PLACES": places,
-        "num_warps": min(8, max(1, places * block_d // 1024)), "num_stages": 1,
+        "num_warps": min(8, max(1, places * block_d // (1024 if block_d < 256 else 512))), "num_stages": 1,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 TABLE = Path(__file__).with_name("launch.json")
@@ -82,6 +83,20 @@ def precision_of(x: Tensor) -> str:
 def exact_products(x: Tensor) -> str:
     """Products as exact as float32: by three of TensorFloat-32 on NVIDIA GPUs, as PyTorch's own attention does."""
     return "ieee" if x.device.type != "cuda" or torch.version.hip is not None else "tf32x3"
+
+
+@triton.jit
+def products(x, centres, EXACT: tl.constexpr):
+    """Products ``[M, N]`` of rows ``[M, D]`` and float32 centres ``[N, D]``, in float32.
+
+    For rows of 16 bits a centre is the sum of two numbers of 16 bits: tensor cores take those as they are, where
+    float32 would need twice the shared memory and three times the registers.
+    """
+    high = centres.to(x.dtype)
+    found = tl.dot(x, tl.trans(high), input_precision=EXACT)
+    if x.dtype != tl.float32:
+        found += tl.dot(x, tl.trans((centres - high.to(tl.float32)).to(x.dtype)))
+    return found
 
 
 def block_width(width: int) -> int:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block_width, exact_products, launch, readable
+from .launch import block_width, exact_products, launch, products, readable
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def group_queries_kernel(
     centres = group_means(assigned, q, tl.zeros([GROUPS, BLOCK_D], tl.float32), EXACT)
     for _ in range(steps):
         # The nearest centre: |q - c|^2 without the part that is the same for all centres.
-        nearness = tl.dot(q.to(tl.float32), tl.trans(centres), input_precision=EXACT)
+        nearness = products(q, centres, EXACT)
         nearness -= tl.sum(centres * centres, 1)[None, :] / 2
         nearest = tl.argmax(tl.where((group < num_groups)[None, :], nearness, float("-inf")), 1)
         assigned = ((nearest[:, None] == group[None, :]) & listed[:, None]).to(tl.float32)

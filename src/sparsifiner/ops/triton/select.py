@@ -11,9 +11,9 @@ from ..topk import check_topk
 from .launch import launch
 
 # Longer rows are read in chunks, again for every bit.
-MOST_IN_REGISTERS = 16384
+MOST_IN_REGISTERS = 8192
 
-ELEMENTS_PER_WARP = 1024
+ELEMENTS_PER_WARP = 512
 
 
 @triton.jit
