@@ -34,7 +34,7 @@ def _commands() -> str:
     import typer
     from typer.cli import get_docs_for_click
 
-    from sparsifiner.cli.main import build_app
+    from sparsifiner.cli.app import build_app
 
     group = typer.main.get_command(build_app())
     with group.make_context("sparsifiner", [], resilient_parsing=True) as context:

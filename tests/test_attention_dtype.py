@@ -109,3 +109,13 @@ def test_a_float32_model_attends_in_bfloat16_and_learns(tiny_vit, images) -> Non
     assert 0 < (got - want).norm() / want.norm() < 0.05
     half.train()(x).square().sum().backward()
     assert all(layer.qkv.weight.grad.isfinite().all() for layer in sparse_layers(half).values())
+
+
+@pytest.mark.parametrize("predictor", ["pooled", "lowrank", "oracle", "local", "strided", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_predictor_takes_another_precision(predictor: str, dtype: torch.dtype, tiny_vit, images) -> None:  # type: ignore[no-untyped-def]
+    """A learned one has weights of the model's precision."""
+    for precision in ("float32", "bfloat16", "auto"):
+        config = SparsifinerConfig(predictor=predictor, mode="sparse", query_tile=(2, 2), attention_dtype=precision)
+        model = sparsify(tiny_vit(), config).to(dtype)
+        assert model(images(2, 3, 32, 32).to(dtype)).dtype == dtype

@@ -12,7 +12,7 @@ import timm
 import typer
 
 from sparsifiner.attention.adapters import registry as adapters
-from sparsifiner.cli.main import build_app
+from sparsifiner.cli.app import build_app
 from sparsifiner.models.builtin import BUILTIN
 from sparsifiner.ops import backends
 from sparsifiner.predictors import registry as predictors

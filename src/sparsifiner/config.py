@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ._utils.checks import choose, flag, number, pair, plain, text
+from ._utils.messages import shown
 from ._utils.settings_files import read_configuration
 from .errors import SparsifinerError
 from .predictors import LowRankConfig, PooledConfig, PredictorConfig, RandomConfig, read_predictor_config
@@ -241,6 +242,8 @@ def nested_settings(settings: Mapping[str, Any], base: Mapping[str, Any] | None 
         SparsifinerError: if a setting was refused in the flat form as well: a threshold or the reconstruction phase
             without the paper's predictor, an offset without a tail.
     """
+    if not isinstance(settings, Mapping):
+        raise SparsifinerError(f"settings must be named, such as {{keep_rate: 0.1}}, got {shown(settings)}")
     values = dict(settings)
     flat = {name: values.pop(name) for name in FLAT_NAMES if name in values}
     if values.get("dense_below") == 0 and not isinstance(values["dense_below"], bool):
@@ -285,6 +288,6 @@ def nested_settings(settings: Mapping[str, Any], base: Mapping[str, Any] | None 
 def check_keep_rate(value: object) -> float:
     """``value`` as a float in (0, 1], or an error that says what was expected."""
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
-        raise SparsifinerError(f"keep_rate must lie in (0, 1], got {value!r}; 0.1 keeps a tenth of the keys")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:  # type: ignore[operator]
+        raise SparsifinerError(f"keep_rate must lie in (0, 1], got {shown(value)}; 0.1 keeps a tenth of the keys")
     return float(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ._utils import checks
+from ._utils.copying import copy_model
 from ._utils.messages import shown
 from .attention.adapters import Refusal, find_adapter
 from .attention.layer import SparseAttention
@@ -21,6 +21,7 @@ from .config import SparsifinerConfig
 from .errors import SparsifinerError
 from .geometry.conv_grid import GridSource, count_prefix_tokens
 from .geometry.patch_grid import PatchGrid, drop_unused_grids
+from .ops.attend import why_never
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -97,8 +98,9 @@ def sparsify(
 
     Raises:
         SparsifinerError: if no attention layer can be converted (the reasons are listed), the model drops patches,
-            ``config`` is no configuration, a keep rate is out of range, ``grid`` names no convolution, or the patch
-            grid has no room for a tile with ``mode="sparse"``. ``model`` is unchanged then.
+            ``config`` is no configuration, a keep rate is out of range, ``grid`` names no convolution, the patch grid
+            has no room for a tile with ``mode="sparse"``, or the backend cannot run on this machine whatever becomes
+            of the model. ``model`` is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise SparsifinerError(
@@ -115,7 +117,7 @@ def sparsify(
         config = config.replace(keep_rate=keep_rate)
     _check_grid(grid, num_prefix_tokens)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     found, stayed = _survey(model, grid)
     if not found:
         raise SparsifinerError(_nothing_to_convert(model, stayed))
@@ -133,6 +135,8 @@ def sparsify(
             grids[layer.owner] = adapter.follow_grid(_owner_of(model, layer.owner), dense)
         check_fit(grids[layer.owner].shape, layer_config)
         layers.append(adapter(dense, layer_config, grids[layer.owner]))
+        if (reason := why_never(config.backend, layers[-1].head_width())) is not None:
+            raise SparsifinerError(f"backend {config.backend!r} cannot run here: {reason}")
     for sparse, layer in zip(layers, found, strict=True):
         for path in layer.paths:
             if sparse.child is None:
@@ -153,6 +157,21 @@ def sparsify(
     return model
 
 
+def sparsify_as_saved(model: M, config: SparsifinerConfig) -> M:
+    """:func:`sparsify` a model in place by settings that came with it.
+
+    A backend that cannot run on this machine is left to the forward pass to refuse: the model can be looked at, moved,
+    changed and saved.
+    """
+    sparsify(model, config.replace(backend="auto"), inplace=True)
+    layers = sparse_layers(model).values()
+    for layer in layers:
+        layer.configure(layer.config.replace(backend=config.backend))
+    for kind in dict.fromkeys(type(layer) for layer in layers):
+        kind.converted(model)
+    return model
+
+
 def densify(model: M, *, inplace: bool = False) -> M:
     """The inverse of :func:`sparsify`: dense attention with the current weights, predictors dropped.
 
@@ -164,7 +183,7 @@ def densify(model: M, *, inplace: bool = False) -> M:
     """
     sparse_layers(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     layers = [item for item in model.named_modules(remove_duplicate=False) if isinstance(item[1], SparseAttention)]
     dense: dict[int, nn.Module] = {}
     for _, layer in layers:

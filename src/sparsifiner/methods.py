@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ._utils.checks import choose
+from ._utils.copying import copy_model
 from .config import SparsifinerConfig, check_keep_rate
 from .convert import sparsify
 from .geometry.patch_grid import follow_grid
@@ -70,7 +70,7 @@ def _paper_config(keep_rate: float) -> SparsifinerConfig:
 
 
 def _dense(model: nn.Module, keep_rate: float) -> nn.Module:
-    return copy.deepcopy(model)
+    return copy_model(model)
 
 
 def _tiles_with_pruning(model: nn.Module, keep_rate: float) -> nn.Module:

@@ -24,7 +24,7 @@ from ._utils.reading import read_json
 from ._utils.trust import check_architecture, check_model_args, create_model
 from .attention.layer import SparseAttention
 from .config import SparsifinerConfig
-from .convert import find_sparse_layers, sparse_layers, sparsify
+from .convert import find_sparse_layers, sparse_layers, sparsify_as_saved
 from .errors import SparsifinerError
 from .geometry.patch_grid import check_image_size
 from .reduction import apply_baseline, baseline_parameters, baseline_settings
@@ -175,16 +175,12 @@ def from_pretrained(
             f"{folder} holds only what differs from the pretrained {settings['architecture']}, but the pretrained "
             f"weights here are not the ones it was made from; save the model again where it was made"
         )
-    if settings.get("token_pruning") is not None:
-        prune_tokens(model, **TokenPruning.from_dict(settings["token_pruning"]).to_dict(), inplace=True)
-    if settings.get("baseline") is not None:
-        apply_baseline(model, settings["baseline"]).to(dtype)
-    sparse = model
-    if settings["config"] is not None:
-        sparse = sparsify(model, SparsifinerConfig.from_dict(settings["config"]), inplace=True).to(dtype)
-    if settings["basis_grid"] is not None:
-        for layer in sparse_layers(sparse).values():
-            layer.reset_predictor(tuple(settings["basis_grid"]))
+    try:
+        sparse = _convert(model, settings, dtype)
+    except SparsifinerError as error:
+        raise SparsifinerError(f"{folder / CONFIG_NAME}: {error}") from error
+    except Exception as error:  # sizes that fit a dense model but no layer of a converted one
+        raise SparsifinerError(f"cannot convert {settings['architecture']} for {folder}: {one_line(error)}") from error
     result = _load_state_dict(sparse, weights, folder / WEIGHTS_NAME)
     # A delta may lack what the pretrained weights hold, never a predictor.
     held = _dense_state(sparse) if delta else {}
@@ -203,6 +199,20 @@ def from_pretrained(
     return prepare(sparse, Runtime.from_dict(settings["runtime"]))
 
 
+def _convert(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The dense ``model`` as the settings of :data:`CONFIG_NAME` say, with new predictors."""
+    if settings.get("token_pruning") is not None:
+        prune_tokens(model, **TokenPruning.from_dict(settings["token_pruning"]).to_dict(), inplace=True)
+    if settings.get("baseline") is not None:
+        apply_baseline(model, settings["baseline"]).to(dtype)
+    if settings["config"] is not None:
+        sparsify_as_saved(model, SparsifinerConfig.from_dict(settings["config"])).to(dtype)
+    if settings["basis_grid"] is not None:
+        for layer in sparse_layers(model).values():
+            layer.reset_predictor(tuple(settings["basis_grid"]))
+    return model
+
+
 def _is_hugging_face(model: nn.Module) -> bool:
     """True for a model of transformers, whose configuration holds the settings."""
     return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "sparsifiner")
@@ -210,7 +220,10 @@ def _is_hugging_face(model: nn.Module) -> bool:
 
 def _from_hugging_face(folder: Path, img_size: tuple[int, int] | None) -> nn.Module:
     """A model of transformers, of the class that its ``config.json`` names; no code of the folder runs."""
-    settings = read_json(folder / "config.json")
+    try:
+        settings = read_json(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise SparsifinerError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from error
     names = settings.get("architectures") if isinstance(settings, dict) else None
     if not isinstance(names, list) or len(names) != 1 or "sparsifiner" not in settings:
         raise SparsifinerError(
@@ -228,7 +241,12 @@ def _from_hugging_face(folder: Path, img_size: tuple[int, int] | None) -> nn.Mod
     kind = getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise SparsifinerError(f"{folder / 'config.json'} names {names[0]!r}, which transformers does not have")
-    return kind.from_pretrained(folder).eval()
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True).eval()
+    except SparsifinerError as error:
+        raise SparsifinerError(f"{folder / 'config.json'}: {error}") from error
+    except Exception as error:  # as many kinds as the library has ways to fail
+        raise SparsifinerError(f"transformers cannot load {folder}: {one_line(error)}") from error
 
 
 def _set_input_size(model: Any, img_size: tuple[int, int]) -> None:

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import SparsifinerError
+from .messages import shown
 
 
 def choose(what: str, value: object, known: tuple[str, ...]) -> None:
     """Refuse a name that is not among ``known``, naming the nearest one."""
-    if value in known:
+    if isinstance(value, str) and value in known:
         return
     near = difflib.get_close_matches(str(value), known, n=1)
-    raise SparsifinerError(
-        f"{what} {value!r} is unknown; {f'did you mean {near[0]!r}?' if near else 'choose one of ' + ', '.join(known)}"
-    )
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+    raise SparsifinerError(f"{what} {shown(value)} is unknown; {hint}")
 
 
 def number(
@@ -34,7 +34,8 @@ def number(
     if value is None and optional:
         return
     kind = int if integer else (int, float)
-    fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number beyond the floats is finite, and math.isfinite cannot say so.
+    fits = isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
     if fits:
         assert isinstance(value, (int, float))
         fits = not (
@@ -49,19 +50,28 @@ def number(
             if bound is not None
         ]
         kind_of_number = f"{'whole ' if integer else ''}number{' ' if bounds else ''}{' and '.join(bounds)}"
-        raise SparsifinerError(f"{what} must be a {kind_of_number}, got {value!r}")
+        raise SparsifinerError(f"{what} must be a {kind_of_number}, got {shown(value)}")
+
+
+def seed(what: str, value: object, *, least: int = 0) -> None:
+    """Refuse what is no whole number of 64 bits with a sign, or below ``least``: generators take no other."""
+    number(what, value, integer=True)
+    assert isinstance(value, int)
+    if not least <= value < 2**63:
+        bounds = "0" if least == 0 else "-2**63"
+        raise SparsifinerError(f"{what} must fit 64 bits, {bounds} to 2**63 - 1, got {shown(value)}")
 
 
 def text(what: str, value: object, *, optional: bool = False) -> None:
     """Refuse what is no text; None passes where ``optional``."""
     if not isinstance(value, str) and not (optional and value is None):
-        raise SparsifinerError(f"{what} must be text, got {value!r}; put quotes around it")
+        raise SparsifinerError(f"{what} must be text, got {shown(value)}; put quotes around it")
 
 
 def flag(what: str, value: object) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
-        raise SparsifinerError(f"{what} must be true or false, got {value!r}")
+        raise SparsifinerError(f"{what} must be true or false, got {shown(value)}")
 
 
 def plain(value: Any) -> Any:
@@ -74,4 +84,4 @@ def pair(what: str, value: object) -> tuple[int, int]:
     value = plain(value)
     if isinstance(value, Sequence) and len(value) == 2 and all(type(v) is int and v >= 1 for v in value):
         return (value[0], value[1])
-    raise SparsifinerError(f"{what} must be two whole numbers of at least 1, rows and columns, got {value!r}")
+    raise SparsifinerError(f"{what} must be two whole numbers of at least 1, rows and columns, got {shown(value)}")

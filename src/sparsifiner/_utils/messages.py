@@ -8,8 +8,8 @@ LOGGER = logging.getLogger("sparsifiner")
 """Lines that the library logs while it works, where the caller gives no function of its own."""
 
 
-def one_line(error: BaseException) -> str:
-    """Text of ``error`` with line breaks folded, or its name if it has none.
+def one_line(error: BaseException, most: int = 400) -> str:
+    """Text of ``error`` with line breaks folded, cut off where it is long, or its name if it has none.
 
     torch and timm advise to load what they refuse to unpickle with ``weights_only=False``, which runs whatever the file
     holds. That advice is not passed on.
@@ -17,7 +17,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "weights_only" in text:
         return "it is damaged, or a pickle that holds more than tensors and plain values, which is never loaded"
-    return text or type(error).__name__
+    return (text if len(text) <= most else f"{text[: most - 3]}...") or type(error).__name__
 
 
 def shown(value: object, most: int = 80) -> str:

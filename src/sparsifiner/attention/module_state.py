@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ PyTorch's own: attention asks for shapes, which symbols do not have. The class k
 
 _NAMED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"
+_DECORATORS = ("torch", "functools", "contextlib", "typing_extensions")
+"""Packages whose decorators classes carry by themselves."""
 
 
 def overridden_attributes(module: nn.Module) -> list[str]:
@@ -33,11 +36,33 @@ def overridden_attributes(module: nn.Module) -> list[str]:
     return shadowing + ([_COMPILED] if own.get(_COMPILED) is not None else [])
 
 
+def replaced_method(kind: type) -> str | None:
+    """A ``forward`` that somebody else has put on a module's class or its bases, in words, or None.
+
+    The class that takes over has a ``forward`` of its own, so that what was put there would be lost with nobody told. A
+    function knows the module that it was written in, also where ``functools.wraps`` names another.
+    """
+    for base in kind.__mro__:
+        if base is nn.Module:
+            return None
+        for name in ("forward", "__call__"):
+            function: Any = vars(base).get(name)
+            while isinstance(function, FunctionType):
+                home = str(function.__globals__.get("__name__"))
+                if home.partition(".")[0] not in (base.__module__.partition(".")[0], *_DECORATORS):
+                    return f"{name} of the class {base.__name__} was replaced by a function of {home}"
+                function = getattr(function, "__wrapped__", None)
+    return None
+
+
 def why_not_movable(module: nn.Module, path: str = "") -> str | None:
     """The reason why ``module`` cannot be converted although its class can, with the remedy, or None.
 
     Hooks of ``accelerate`` replace ``forward`` as well; :func:`move_state` carries them over.
     """
+    replaced = replaced_method(type(module))
+    if replaced is not None:
+        return f"{replaced}, which the converted module would not run; take that back and convert first"
     names = [name for name in overridden_attributes(module) if not (name == "forward" and _accelerate_hook(module))]
     if not names:
         return None

@@ -14,6 +14,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .._utils import checks
+from .._utils.copying import copy_model
+from .._utils.messages import LOGGER
 from .._utils.progress import Progress, progress_on
 from ..attention.attend import tail_groups
 from ..attention.layer import SparseAttention
@@ -37,6 +40,7 @@ KeepRates = Literal["given", "per_layer"]
 Start = Literal["spectral", "current"]
 
 QUERIES = 384  # per image and layer, where attention is computed densely
+FEW_TO_FIT = 8  # images; fewer may make others worse
 FEW_IMAGES = 8  # for what costs several passes of each: keep rates per layer, and the choice of predictor
 SAVE_SECONDS = 20.0
 
@@ -64,7 +68,8 @@ def calibrate(
     two leaves the smaller error of the attention output; a tail gets an offset of its
     logits per head, chosen by the error of the attention output; and with ``keep_rates="per_layer"`` the layers
     share the budget of keys by the error each was measured to cause. ``model`` is changed at the very end, all at
-    once; its keep rate can be changed afterwards, but the offsets are best at the rate they were fitted for.
+    once; its keep rate can be changed afterwards, but the offsets are best at the rate they were fitted for. It stays
+    as it was where that makes the images of ``validation`` worse, which is logged.
 
     Args:
         model: a sparse model, from :func:`sparsifiner.sparsify`.
@@ -93,11 +98,10 @@ def calibrate(
     for name, value, known in (("keep_rates", keep_rates, KeepRates), ("start", start, Start)):
         if value not in get_args(known):
             raise SparsifinerError(f"{name} {value!r} is unknown; choose {' or '.join(get_args(known))}")
-    for name, number, least in (("steps", steps, 0), ("max_images", max_images, 1)):
-        if number is not None and (not isinstance(number, int) or number < least):
-            raise SparsifinerError(f"{name} must be a whole number of at least {least}, got {number!r}")
-    if not learning_rate > 0:
-        raise SparsifinerError(f"learning_rate must be above 0, got {learning_rate!r}")
+    checks.number("steps", steps, least=0, integer=True)
+    checks.number("max_images", max_images, least=1, integer=True, optional=True)
+    checks.number("learning_rate", learning_rate, above=0)
+    checks.seed("seed", seed)
     layers = sparse_layers(model)
     _check_something_to_fit(layers, keep_rates)
     if keep_rates == "per_layer":
@@ -119,6 +123,19 @@ def calibrate(
             run.share_budget()
             run.fit_tail("tail offsets at the new keep rates")
         result = run.measure(model, val_images, held_out=validation is not None)
+    if not result.applied:
+        LOGGER.warning(
+            "calibration to %d image%s made the held-out images worse, relative L2 %.4f before and %.4f after: the "
+            "model keeps what it had; give more images",
+            len(fit_images), "" if len(fit_images) == 1 else "s", *result.patch_errors,
+        )  # fmt: skip
+        return result
+    if validation is None and len(fit_images) < FEW_TO_FIT:
+        LOGGER.warning(
+            "fitted to %d image%s and measured on the same: others may have become worse; give %d or more, or others "
+            "as validation",
+            len(fit_images), "" if len(fit_images) == 1 else "s", FEW_TO_FIT,
+        )  # fmt: skip
     for name, layer in layers.items():
         fitted = run.layers[name]
         layer.predictor = fitted.predictor.train(layer.training)
@@ -130,7 +147,7 @@ class _Run:
     """A calibration under way, on a copy of the model."""
 
     def __init__(self, model: nn.Module, images: list[Tensor], state: State, notify: Progress, seed: int) -> None:
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy_model(model).eval()
         self.layers = sparse_layers(self.model)
         self.images, self.state, self.progress, self.seed = images, state, notify, seed
         self.saved_at = time.monotonic()
@@ -297,7 +314,7 @@ class _Run:
         measured = budget.measured_rates(mean)
         chosen = self._few_images()
         tensors = self.state.tensors
-        replay = Replay(copy.deepcopy(self.model))
+        replay = Replay(copy_model(self.model))
 
         def step(number: int) -> None:
             tensors[f"budget.{number}"] = budget.layer_errors(replay, self.on_device(chosen[number]), measured)
@@ -315,7 +332,7 @@ class _Run:
 
     def measure(self, model: nn.Module, images: list[Tensor], *, held_out: bool) -> Calibration:
         """Errors before and after, on each image."""
-        before = copy.deepcopy(model).eval()
+        before = copy_model(model).eval()
         before_layers = sparse_layers(before)
         for layer in before_layers.values():
             _watch_sparse(layer)

@@ -55,12 +55,27 @@ class Calibration:
     num_images: int
     held_out: bool
 
+    @property
+    def patch_errors(self) -> tuple[float, float]:
+        """Relative L2 of the final patch features before and after, mean over the images."""
+        before, after = self.before.mean("patch_l2"), self.after.mean("patch_l2")
+        assert before is not None
+        assert after is not None
+        return before, after
+
+    @property
+    def applied(self) -> bool:
+        """The model has what was fitted: not where held-out images became worse by it."""
+        before, after = self.patch_errors
+        return not (self.held_out and after > before)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "num_images": self.num_images,
             "measured_on": len(self.after.images),
             "held_out": self.held_out,
+            "applied": self.applied,
             "layers": [asdict(layer) for layer in self.layers],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),

@@ -12,8 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._utils.checks import number
 from .._utils.digest import digest
 from .._utils.files import make_folder_of, replacing
+from .._utils.reading import parse_json
 from ..errors import SparsifinerError
 
 
@@ -45,9 +47,11 @@ class State:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.done = json.loads(metadata["done"])
+            self.done = parse_json(metadata["done"])
             identity = metadata["identity"]
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            for stage, steps in self.done.items():
+                number(stage, steps, least=0, integer=True)
+        except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
             raise SparsifinerError(
                 f"{path} is not the state of a calibration that can be continued; delete it or name another"
             ) from error

@@ -158,10 +158,8 @@ def _build(model: str, size: tuple[int, int]) -> Any:
     from .._utils.trust import create_model
     from ..models import load_model
 
-    if model == "builtin":
-        return load_model(model, img_size=size)
-    if not timm.is_model(model):
-        return load_model(model)  # which names near matches
+    if model == "builtin" or not timm.is_model(model):
+        return load_model(model, img_size=size)  # a folder; or nothing, and near matches are named
     return create_model(model, img_size=size, num_classes=0).eval()
 
 

@@ -65,5 +65,6 @@ def _allocation_failed(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _folded(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")
+def _folded(text: str, most: int = 1000) -> str:
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -9,13 +9,12 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Any, NoReturn
-
-import typer
+from typing import Any, NoReturn
 
 from .failures import explain
+from .interruption import INTERRUPTED, LINE, Interruption, interruptible, leave
 
-DONE, USER_ERROR, INTERRUPTED, NO_READER = 0, 2, 130, 141
+DONE, USER_ERROR, NO_READER = 0, 2, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -27,6 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: those of the command line; ``sys.argv`` if None.
     """
+    with interruptible() as interruption:
+        try:
+            code = _main(arguments, interruption)
+        except BaseException:
+            if not interruption:
+                raise
+            code = INTERRUPTED
+        if interruption and code != DONE:
+            code = INTERRUPTED  # other libraries have made something else of it
+        if code == INTERRUPTED:
+            if arguments is None:
+                leave()
+            _say(LINE)
+    sys.exit(code)
+
+
+def _main(arguments: Sequence[str] | None, interruption: Interruption) -> int:
     _silence_retries()
     for stream in (sys.stdout, sys.stderr):  # an old terminal shows another letter, and the command goes on
         if isinstance(stream, io.TextIOWrapper):
@@ -36,17 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            code = _run(arguments)
+            return _run(arguments, interruption)
     finally:
         threading.excepthook = before
-    if code == INTERRUPTED:
-        _say("interrupted; no half-written file was left")
-    sys.exit(code)
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str] | None, interruption: Interruption) -> int:
     code: Any = DONE
     try:
+        from .app import build_app
+
         code = build_app()(args=None if arguments is None else list(arguments), standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()  # or Python does at its end, when nothing can be said any more
@@ -62,7 +77,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return NO_READER
     except Exception as error:
         name = type(error).__name__
-        if name == "Abort":  # what the parser makes of an interruption
+        if interruption or name == "Abort":  # what others make of an interruption, the parser among them
             return INTERRUPTED
         if name == "NoArgsIsHelpError":  # the help has been printed
             return USER_ERROR
@@ -100,49 +115,6 @@ def _silence_retries() -> None:
         from huggingface_hub.utils import logging
 
         logging.set_verbosity_error()
-
-
-def build_app() -> Any:
-    """The typer application."""
-    from .benchmark import benchmark
-    from .calibrate import calibrate
-    from .info import info
-    from .pareto import pareto
-    from .report import report
-    from .train import train
-    from .validate import validate
-
-    app = typer.Typer(
-        name="sparsifiner",
-        help="Sparse, instance-dependent attention for Vision Transformers.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-    )
-    app.callback()(_common)
-    app.command()(report)
-    app.command()(benchmark)
-    app.command()(calibrate)
-    app.command()(info)
-    app.command()(pareto)
-    app.command()(train)
-    app.command()(validate)
-    return app
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        from .. import __version__
-
-        print(f"sparsifiner {__version__}")
-        raise typer.Exit
-
-
-def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Sparse, instance-dependent attention for Vision Transformers."""
 
 
 def _say(message: str) -> None:

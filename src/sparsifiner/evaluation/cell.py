@@ -10,8 +10,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from .._utils.checks import choose
+from .._utils.checks import choose, number, text
+from .._utils.messages import shown
 from ..calibration.fit import has_something_to_fit
+from ..config import check_keep_rate
+from ..errors import SparsifinerError
 from ..measure.accuracy import paired_drop, wilson_interval
 from ..methods import find_method
 
@@ -119,8 +122,27 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            SparsifinerError: if a value is of another kind.
+        """
         values = dict(values)
+        for name in ("count", "mhsa_macs", "mhsa_full_macs", "total_macs"):
+            number(name, values.get(name, 0), least=0, integer=True)
+        for name in ("ms", "dense_ms"):
+            number(name, values.get(name), least=0, optional=True)
+        number("seconds", values.get("seconds", 0), least=0)
+        for name in ("hits", "note", "weights"):
+            text(name, values.get(name, ""))
+        if not isinstance(values.get("fit"), (dict, type(None))):
+            raise SparsifinerError(f"fit must be named values or null, got {shown(values['fit'])}")
+        missing = values.get("missing", [])
+        if not isinstance(missing, list):
+            raise SparsifinerError(f"missing must be numbers of images, got {shown(missing)}")
+        for place in missing:
+            number("missing", place, least=0, most=values["count"] - 1, integer=True)
+        check_keep_rate(values["keep_rate"])
         cell = Cell(**{name: values.pop(name) for name in ("method", "keep_rate", "stage")})
         return cls(cell, _unpack(values.pop("hits"), values.pop("count")), **values)
 
@@ -129,8 +151,11 @@ def _pack(hits: list[bool]) -> str:
     return base64.b64encode(numpy.packbits(numpy.array(hits, dtype=bool)).tobytes()).decode()
 
 
-def _unpack(text: str, count: int) -> list[bool]:
-    bits = numpy.unpackbits(numpy.frombuffer(base64.b64decode(text), dtype=numpy.uint8), count=count)
+def _unpack(hits: str, count: int) -> list[bool]:
+    packed = numpy.frombuffer(base64.b64decode(hits), dtype=numpy.uint8)
+    if not 0 <= 8 * len(packed) - count < 8:
+        raise SparsifinerError(f"hits hold {8 * len(packed)} answers, not {count}")
+    bits = numpy.unpackbits(packed, count=count)
     return [bool(bit) for bit in bits]
 
 

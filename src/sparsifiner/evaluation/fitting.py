@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .._utils.digest import digest, state_digest
 from .._utils.files import make_folder, write_atomically
+from .._utils.messages import one_line, shown
 from .._utils.progress import Progress
+from .._utils.reading import read_json
 from ..calibration import calibrate
 from ..errors import SparsifinerError
 from ..methods import convert_with
@@ -109,16 +111,16 @@ class CellModels:
         kept = [] if row is None else [row.fit]
         if folder.exists():
             file = folder / FIT_NAME
-            kept.append(json.loads(file.read_text()) if file.is_file() else None)
+            kept.append(_read_fit(file) if file.is_file() else None)
         for found in kept:
             if found is None:
                 reason = "was fitted by an older version, which did not record to what; delete it, or"
-            elif found["model"] != wanted["model"]:
+            elif found.get("model") != wanted["model"]:
                 reason = "was fitted to another model;"
-            elif found["training_images"] != wanted["training_images"]:
+            elif found.get("training_images") != wanted["training_images"]:
                 reason = "was fitted on other training images;"
             # The model's name does not count: its content has been compared.
-            elif names := set(differing_settings(found["recipe"], wanted["recipe"])) - {"model"}:
+            elif names := set(differing_settings(found.get("recipe"), wanted["recipe"])) - {"model"}:
                 reason = f"was trained by another recipe ({', '.join(sorted(names))});"
             else:
                 continue
@@ -230,3 +232,14 @@ def _without(losses: Sequence[str], phases: Iterable[PhaseConfig]) -> tuple[Phas
         if others := {name: weight for name, weight in phase.losses.items() if name not in losses}:
             kept.append(dataclasses.replace(phase, losses=others))
     return tuple(kept)
+
+
+def _read_fit(file: Path) -> dict[str, Any]:
+    """What :data:`FIT_NAME` of a cell says."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        raise SparsifinerError(f"{file} cannot be read: {one_line(error)}; delete its folder") from error
+    if not isinstance(found, dict):
+        raise SparsifinerError(f"{file} must hold named values, got {shown(found)}; delete its folder")
+    return found

@@ -6,7 +6,6 @@ methods or keep rates measures only what is missing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .._utils.copying import copy_model
 from .._utils.digest import state_digest
 from .._utils.files import check_writable
 from .._utils.messages import LOGGER
@@ -173,7 +173,7 @@ class _Run:
     @cached_property
     def dense_to_time(self) -> nn.Module:
         """The dense model where and as the others are measured."""
-        return copy.deepcopy(self.dense).to(self.sweep.device, self.sweep.dtype)
+        return copy_model(self.dense).to(self.sweep.device, self.sweep.dtype)
 
     def _time(self, model: nn.Module, row: Row, x: Tensor) -> None:
         timings = compare_latency(self.dense_to_time, model, x, repeats=self.sweep.repeats, warmup=1)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .._utils.files import make_folder, write_together
+from .._utils.messages import one_line
+from .._utils.reading import read_json
 from ..errors import SparsifinerError
 from .cell import DENSE, Cell, Row
 
@@ -36,10 +38,12 @@ def load_rows(folder: Path, common: dict[str, Any] | None = None) -> dict[Cell, 
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         rows = [Row.from_dict(values) for values in content["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SparsifinerError(f"{path} is no readable sweep ({error}); name another folder with --output") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise SparsifinerError(
+            f"{path} is no readable sweep ({one_line(error)}); name another folder with --output"
+        ) from error
     for name, wanted in (common or {}).items() if rows else ():
         if name not in content:
             found = f"a sweep of an older version, which did not record {name}, so nothing can be added to it"

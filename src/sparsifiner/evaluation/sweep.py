@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._utils.checks import seed
 from ..errors import SparsifinerError
 from ..training.recipe import DataConfig, TrainConfig
 from .cell import DENSE, STAGES, Cell
@@ -64,6 +65,7 @@ class Sweep:
                     Cell(method, keep_rate, stage)
         if "fine-tuned" in self.stages:
             self._check_recipe()
+        seed("seed", self.seed)
         if self.data.val_split is None:
             raise SparsifinerError("data.val_split is null; name the split to measure on")
 

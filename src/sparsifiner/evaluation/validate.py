@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from .._utils.copying import copy_model
 from .._utils.photos import input_channels
 from .._utils.progress import Progress
 from ..config import SparsifinerConfig
@@ -126,7 +126,7 @@ def validate(
     if data.val_split is None:
         raise SparsifinerError("data.val_split is null; name the split to validate on, or '' if data.path is it")
     title = model if isinstance(model, str) else type(model).__name__
-    loaded = load_model(model, img_size=data.size) if isinstance(model, str) else copy.deepcopy(model)
+    loaded = load_model(model, img_size=data.size) if isinstance(model, str) else copy_model(model)
     loaded = loaded.to(device, dtype).eval()
     source = open_validation(
         data.source, data.path, data.val_split, train_split=data.train_split,

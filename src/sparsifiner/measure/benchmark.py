@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.copying import copy_model
+from .._utils.photos import input_channels
 from ..attention import AttentionInputs, Policy, attend, build_predictor, tail_groups
 from ..config import SparsifinerConfig
 from ..convert import sparsify
@@ -176,10 +177,10 @@ def measure_model(
         max_seconds: no further round is started after so long.
         progress: called with the rounds timed and their number.
     """
-    dense = copy.deepcopy(dense).eval().to(dtype)
+    dense = copy_model(dense).eval().to(dtype)
     models: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense}
     models |= {name: sparsify(dense, config) for name, config in configs.items()}
-    x = torch.randn(batch, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(batch, input_channels(dense), *image_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     if compiled:
         eager: dict[str, Any] = dict(models)
         models |= {f"{name}, compiled": torch.compile(model, fullgraph=True) for name, model in eager.items()}

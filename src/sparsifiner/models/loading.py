@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,14 @@ def load_model(
             model.reset_classifier(num_classes)
         return model.eval()
     timm_name = _timm_name(name, trust_remote)
-    asked = {"img_size": img_size, "num_classes": num_classes}
-    settings: dict[str, Any] = {**(model_args or {}), **{key: v for key, v in asked.items() if v is not None}}
+    given, asked = dict(model_args or {}), {"img_size": img_size, "num_classes": num_classes}
+    settings: dict[str, Any] = {**given, **{key: v for key, v in asked.items() if v is not None}}
+    for key in asked.keys() & given.keys():
+        if _as_pair(settings[key]) != _as_pair(given[key]):
+            warnings.warn(
+                f"model_args say {key}={given[key]}; what is built is {settings[key]}, as the images or the call ask",
+                stacklevel=2,
+            )
     try:
         pretrained = pretrained or timm_name.startswith(LOCAL)
         model = create_model(timm_name, pretrained=pretrained, **settings).eval()
@@ -76,6 +83,11 @@ def load_model(
     if img_size is not None:
         check_image_size(model, img_size)
     return model
+
+
+def _as_pair(size: Any) -> Any:
+    """Rows and columns where one number stands for both."""
+    return (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) else size
 
 
 def _timm_name(name: str, trust_remote: bool) -> str:

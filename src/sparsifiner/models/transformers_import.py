@@ -10,7 +10,7 @@ from torch import nn
 
 from ..attention.adapters.transformers import NAME, sparse_attention_forward
 from ..config import SparsifinerConfig
-from ..convert import densify, is_sparse, sparsify
+from ..convert import densify, is_sparse, sparsify_as_saved
 
 
 def connect(modeling: Any) -> None:
@@ -65,7 +65,7 @@ def convert_new(model: Any) -> None:
         return  # a part of a larger model
     if is_sparse(model):
         return
-    sparsify(model, SparsifinerConfig() if marker is None else SparsifinerConfig.from_dict(marker), inplace=True)
+    sparsify_as_saved(model, SparsifinerConfig() if marker is None else SparsifinerConfig.from_dict(marker))
 
 
 connect(sys.modules["transformers.modeling_utils"])

@@ -8,7 +8,17 @@ from torch import Tensor
 from ..errors import SparsifinerError
 from ._common import check_indices
 from .connectivity import Connectivity
-from .registry import Operation, gradients, needs_derivatives, refusal, serving
+from .registry import (
+    AUTO,
+    REFERENCE,
+    Operation,
+    backends,
+    devices_here,
+    gradients,
+    needs_derivatives,
+    refusal,
+    serving,
+)
 from .tail import Tail
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +88,23 @@ def why_not(backend: str, q: Tensor, *others: Tensor | None, attn_bias: Tensor |
         attn_bias: as in :func:`sparse_attention`.
     """
     return refusal(ATTEND, backend, needs_derivatives(q, *others), {"q": q, "attn_bias": attn_bias})
+
+
+def why_never(backend: str, head_dim: int) -> str | None:
+    """Why ``backend`` cannot attend here with heads of that width, on any device and in any precision, or None."""
+    if backend in (AUTO, REFERENCE):
+        return None
+    if backend not in backends():
+        return f"there is no such backend; choose one of {', '.join((AUTO, *backends()))}"
+    devices = devices_here(backend)
+    reasons = [
+        refusal(ATTEND, backend, False, {"q": torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)})
+        for device in devices
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    ]
+    if None in reasons:
+        return None
+    return reasons[0] if reasons else "it runs on devices that this machine does not have"
 
 
 def choose_backend(q: Tensor, *others: Tensor | None, attn_bias: Tensor | None = None) -> tuple[str, str]:

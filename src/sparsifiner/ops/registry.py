@@ -295,6 +295,14 @@ def refusal(operation: Operation, backend: str, needs_gradients: bool, arguments
     return _BACKENDS[backend].refusal(operation, needs_gradients, arguments)
 
 
+def devices_here(backend: str) -> tuple[str, ...]:
+    """Types of the devices of this machine whose tensors a backend takes; the CPU for one that takes any."""
+    types = _BACKENDS[backend].device_types
+    if types is None:
+        return ("cpu",)
+    return tuple(name for name in types if name == "cpu" or getattr(torch, name).is_available())
+
+
 def needs_derivatives(*arguments: Any) -> bool:
     """True where derivatives of a function of these arguments are recorded, in whatever mode."""
     if forward_ad._current_level >= 0:

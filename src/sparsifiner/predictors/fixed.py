@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._utils.checks import number
-from ..errors import SparsifinerError
+from .._utils.checks import seed
 from ..geometry.subset import SubsetTiling
 from ..geometry.tiling import Tiling
 from ..ops.inputs import AttentionInputs
@@ -38,9 +37,7 @@ class RandomConfig(PredictorConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number("seed", self.seed, integer=True)
-        if not -(2**63) <= self.seed < 2**63:
-            raise SparsifinerError(f"seed must fit 64 bits, -2**63 to 2**63 - 1, got {self.seed}")
+        seed("seed", self.seed, least=-(2**63))
 
 
 class _FixedPattern(Predictor):

@@ -147,7 +147,8 @@ class LowRankPredictor(Predictor):
 
     def narrow(self, q: Tensor, k: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
         """Patch queries and all keys at the reduced width, ``[B, H, num_patches, d]`` and ``[B, H, N, d]``."""
-        return self.q_proj(q[:, :, tiling.num_prefix_tokens :]), self.k_proj(k)
+        dtype = self.q_proj.weight.dtype  # the model's; attention may have another
+        return self.q_proj(q[:, :, tiling.num_prefix_tokens :].to(dtype)), self.k_proj(k.to(dtype))
 
     def dense_coefficients(self, q: Tensor, k: Tensor, tiling: Tiling) -> Tensor:
         """Weights of all basis rows for every patch query, ``[B, H, num_patches, n_down]``; differentiable.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from .._utils.checks import choose
+from .._utils.messages import shown
+from ..errors import SparsifinerError
 from .base import Predictor, PredictorConfig
 
 _PREDICTORS: dict[str, type[Predictor]] = {}
@@ -21,14 +23,48 @@ def register_predictor(name: str, config: type[PredictorConfig]) -> Callable[[P]
     Args:
         name: of the predictor, in settings and files.
         config: its settings, a frozen dataclass whose fields all have defaults.
+
+    Raises:
+        SparsifinerError: if the name is another predictor's, or the settings are of another kind. The same class,
+            defined again (a notebook's cell), takes its own place.
     """
+    if not isinstance(name, str) or not name:
+        raise SparsifinerError(f"a predictor is registered by a name, got {shown(name)}")
+    _check_config(name, config)
 
     def register(predictor: P) -> P:
+        if not (isinstance(predictor, type) and issubclass(predictor, Predictor)):
+            raise SparsifinerError(f"the predictor {name!r} must be a subclass of Predictor, got {shown(predictor)}")
+        known = _PREDICTORS.get(name)
+        if known is not None and _place(known) != _place(predictor):
+            raise SparsifinerError(
+                f"there is a predictor {name!r} already, {'.'.join(_place(known))}; take another name"
+            )
         config.name = name
         _PREDICTORS[name], _CONFIGS[name] = predictor, config
         return predictor
 
     return register
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
+
+
+def _check_config(name: str, config: object) -> None:
+    """Refuse settings that cannot be made from the predictor's name alone, shared by layers, or compared."""
+    if not (isinstance(config, type) and issubclass(config, PredictorConfig) and dataclasses.is_dataclass(config)):
+        raise SparsifinerError(
+            f"settings of predictor {name!r} must be a dataclass, a subclass of PredictorConfig, got {shown(config)}"
+        )
+    if "__dataclass_params__" not in vars(config) or not vars(config)["__dataclass_params__"].frozen:
+        raise SparsifinerError(f"{config.__name__} must be a frozen dataclass; write @dataclass(frozen=True) above it")
+    missing = dataclasses.MISSING
+    for field in dataclasses.fields(config):
+        if field.init and field.default is missing and field.default_factory is missing:
+            raise SparsifinerError(f"{config.__name__}.{field.name} needs a default: predictor={name!r} gives none")
+    if (other := vars(config).get("name", name)) != name:
+        raise SparsifinerError(f"{config.__name__} holds the settings of the predictor {other!r}; give each its own")
 
 
 _FIRST = ("pooled", "lowrank", "oracle", "local", "strided", "random")

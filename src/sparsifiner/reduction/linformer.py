@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from .._utils.checks import number
+from .._utils.copying import copy_model
 from ..attention.adapters.scored import dense_attention
 from ..attention.adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..attention.layer import refuse_mask
@@ -79,7 +79,7 @@ def linformer(
     if not names or getattr(model, "patch_embed", None) is None:
         raise SparsifinerError(f"{type(model).__name__} is no Vision Transformer with timm's standard attention")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     grid = follow_grid(model)
     if keep_rate is not None:
         n_down = num_kept(check_keep_rate(keep_rate), grid.num_prefix_tokens + grid.num_patches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .._utils.copying import copy_model
 from ..attention.adapters.scored import dense_attention
 from ..attention.adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..errors import SparsifinerError
@@ -131,7 +131,7 @@ def merge_tokens(model: nn.Module, per_layer: int | Sequence[int], *, inplace: b
             f"per_layer must be a whole number, or {depth} of them, each at least 0; got {per_layer!r}"
         )
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     vit: Any = model
     grid = follow_grid(vit)
     for number, block in enumerate(vit.blocks):

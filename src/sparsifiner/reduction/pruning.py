@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
@@ -13,6 +12,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .._utils.copying import copy_model
 from .._utils.messages import one_line
 from ..attention.adapters.scored import ScoredAttention, SparseScoredAttention
 from ..attention.adapters.vit import SparseVitAttention
@@ -164,7 +164,7 @@ def prune_tokens(
             f"cannot prune tokens of {type(model).__name__}: it has no class token to rank the patches by"
         )
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     vit: Any = model
     grid = follow_grid(vit)
     for stage, layer in enumerate(settings.layers, start=1):
@@ -185,7 +185,7 @@ def unprune_tokens(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     token_pruning(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     vit: Any = model
     for number, block in enumerate(vit.blocks):
         if isinstance(block, PruningBlock):

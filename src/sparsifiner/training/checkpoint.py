@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._utils.checks import number
 from .._utils.files import replacing
 from .._utils.messages import one_line
 from ..errors import SparsifinerError
@@ -85,6 +86,8 @@ def load_checkpoint(
         if values.pop("format") != FORMAT:
             raise SparsifinerError("it is of another version")
         checkpoint = Checkpoint(**values)
+        for name in ("phase", "update", "world", "images"):
+            number(name, getattr(checkpoint, name), least=0, integer=True)
     except Exception as error:
         raise SparsifinerError(
             f"{path} cannot be read ({one_line(error)}); start anew with another --output"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from .._utils.checks import choose, flag, number, text
+from .._utils.checks import choose, flag, number, seed, text
 from ..config import SparsifinerConfig, check_keep_rate
 from ..errors import SparsifinerError
 from ..methods import find_method
@@ -312,8 +312,8 @@ class TrainConfig:
             choose("tracker", name, TRACKERS)
         for name in ("batch_size", "accumulation", "log_every", "checkpoint_every"):
             number(name, getattr(self, name), least=1, integer=True)
-        for name in ("seed", "eval_every"):
-            number(name, getattr(self, name), least=0, integer=True)
+        seed("seed", self.seed)
+        number("eval_every", self.eval_every, least=0, integer=True)
         number("num_classes", self.num_classes, least=0, integer=True, optional=True)
         number("weight_decay", self.weight_decay, least=0)
         number("clip_grad", self.clip_grad, above=0, optional=True)

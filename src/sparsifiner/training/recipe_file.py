@@ -96,7 +96,7 @@ def _item(place: list[Any], part: str, name: str) -> Any:
     return place[int(part)]
 
 
-def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing_settings(one: object, other: Mapping[str, Any]) -> list[str]:
     """Names such as ``data.val_split`` in which two recipes, as plain values, would give different results."""
     different = _flat(one).items() ^ _flat(other).items()
     return sorted({name for name, _ in different} - WITHOUT_CONSEQUENCE)

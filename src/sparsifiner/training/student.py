@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from .._utils.copying import copy_model
 from .._utils.files import make_folder, write_together
+from .._utils.reading import read_json
 from ..convert import densify, is_sparse, sparse_layers, sparsify
 from ..errors import SparsifinerError
 from ..methods import convert_with
@@ -80,7 +80,7 @@ def _teacher(config: TrainConfig, base: Any) -> nn.Module | None:
 
 def dense_twin(model: nn.Module) -> nn.Module:
     """A copy of a dense, sparse or pruned model with the same weights, dense attention and every token."""
-    twin = densify(model) if is_sparse(model) else copy.deepcopy(model)
+    twin = densify(model) if is_sparse(model) else copy_model(model)
     return unprune_tokens(twin, inplace=True) if is_pruned(twin) else twin
 
 
@@ -88,7 +88,7 @@ def _trained_classes(config: TrainConfig, base: Any) -> int | None:
     """Width of the head that came with the weights."""
     description = Path(config.model) / CONFIG_NAME
     if description.is_file():
-        return json.loads(description.read_text())["model_args"].get("num_classes")
+        return read_json(description)["model_args"].get("num_classes")
     return (getattr(base, "pretrained_cfg", None) or {}).get("num_classes")
 
 

@@ -6,42 +6,21 @@ of them: kernels call :func:`call` with tensors.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._utils import native_module
 from ...errors import SparsifinerError
 
-LEVEL_VARIABLE = "SPARSIFINER_CPU_LEVEL"
-INTERFACE = 2  # of the module's functions, raised with every change of them
-
-_missing: str | None = None
+_native: Any = native_module.native
+_missing = native_module.missing
 # What the kernels would say; a compiler that traces cannot ask them.
-_level: str | None = None
-_precisions: tuple[str, ...] = ()
-try:
-    _native: Any = import_module("sparsifiner._native")
-except ImportError as error:
-    _missing = (
-        f"the compiled module sparsifiner._native is not there ({error}); install a C++17 compiler "
-        f"(g++ or clang) and run `pip install --force-reinstall --no-deps sparsifiner` to build it"
-    )
-else:
-    if getattr(_native, "interface", 1) != INTERFACE:
-        raise ImportError(
-            f"the compiled module {_native.__file__} was built from other sources than this package; build it again, "
-            f"for instance with `pip install -e .`"
-        )
-    try:
-        _native.force_level(os.environ.get(LEVEL_VARIABLE, ""))
-        _level, _precisions = str(_native.level()), tuple(_native.precisions())
-    except ValueError as error:
-        _missing = f"{LEVEL_VARIABLE} asks for what this machine cannot do: {error}"
+_level: str | None = None if _missing is not None else str(_native.level())
+_precisions: tuple[str, ...] = () if _missing is not None else tuple(_native.precisions())
 
 
 def why_missing() -> str | None:

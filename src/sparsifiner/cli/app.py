@@ -1,0 +1,45 @@
+"""The typer application: the commands, one module each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .benchmark import benchmark
+from .calibrate import calibrate
+from .info import info
+from .pareto import pareto
+from .report import report
+from .train import train
+from .validate import validate
+
+
+def build_app() -> typer.Typer:
+    """The application with all its commands."""
+    app = typer.Typer(
+        name="sparsifiner",
+        help="Sparse, instance-dependent attention for Vision Transformers.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_common)
+    for command in (report, benchmark, calibrate, info, pareto, train, validate):
+        app.command()(command)
+    return app
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"sparsifiner {__version__}")
+        raise typer.Exit
+
+
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Sparse, instance-dependent attention for Vision Transformers."""
