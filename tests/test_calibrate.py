@@ -351,3 +351,32 @@ def test_the_command_saves_a_model_that_loads(tmp_path: Path, capsys: pytest.Cap
         assert code == 2
         assert words in err
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_a_fit_that_makes_held_out_images_worse_is_not_applied(worse: bool, monkeypatch, caplog) -> None:
+    """Whatever was fitted: here an offset that lets the tail drown the kept keys, or the one that was chosen."""
+    model = sparsify(tiny(), POOLED)
+    before = weights(model)
+    if worse:
+        monkeypatch.setattr(module, "best_offsets", lambda errors, count: torch.full((errors.shape[0],), 9.0))
+    with caplog.at_level("WARNING", "sparsifiner"):
+        result = calibrate(model, batch(2), validation=batch(5)[2:], progress=quietly)
+    assert result.held_out
+    first, last = result.patch_errors
+    assert result.applied == (last <= first)
+    assert result.to_dict()["applied"] == result.applied
+    if worse:
+        assert not result.applied
+        assert "calibration to 2 images made the held-out images worse" in caplog.text
+        assert "the model keeps what it had" in caplog.text
+    assert same(weights(model), before) == (not result.applied)
+
+
+def test_few_images_without_others_are_told(caplog) -> None:
+    for count, told in ((1, True), (7, True), (8, False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "sparsifiner"):
+            result = calibrate(sparsify(tiny(), POOLED), batch(count), progress=quietly)
+        assert result.applied
+        assert ("others may have become worse" in caplog.text) == told

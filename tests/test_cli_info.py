@@ -101,12 +101,9 @@ def test_a_missing_module_is_explained(capsys, monkeypatch) -> None:
     (line,) = (line for line in text.splitlines() if line.startswith("  native "))
     assert "there is no compiled module" in line
     facts = json.loads(run(["info", "--json"], capsys))
-    assert facts["choices"][0] == {
-        "device": "cpu",
-        "dtype": "float32",
-        "backend": "gather",
-        "reason": "native cannot run here: there is no compiled module",
-    }
+    choice = facts["choices"][0]
+    assert (choice["device"], choice["dtype"], choice["backend"]) == ("cpu", "float32", "gather")
+    assert choice["reason"].startswith("native cannot run here: there is no compiled module")
 
 
 def test_what_needs_no_torch_is_said_before_it_is_imported() -> None:

@@ -177,3 +177,72 @@ def test_interleaved_passes_are_told_apart_or_refused(dynamic, images) -> None:
         tokens = first(sparse._pos_embed(sparse.patch_embed(tall))).clone()
         torch.testing.assert_close(sparse.norm(second(tokens)), want[1])
         assert done.shape == tokens.shape
+
+
+def in_a_thread(work):
+    """What ``work()`` returns or raises in a thread of its own."""
+    found = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def blocks_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    for block in model.blocks:
+        tokens = block(tokens)
+    return model.norm(tokens)
+
+
+@torch.no_grad()
+def test_tokens_that_another_thread_has_embedded(dynamic, images) -> None:
+    """A pipeline: images of one shape are its own; of two shapes at once nobody can tell them apart, which is said."""
+    sparse = sparsify(dynamic, CONFIG)
+    wide, tall = images(*WIDE), images(*TALL)
+    want = {x.shape: sparse.forward_features(x) for x in (wide, tall)}
+    for x in (wide, tall, wide, wide, tall):
+        tokens = sparse._pos_embed(sparse.patch_embed(x))
+        torch.testing.assert_close(in_a_thread(lambda tokens=tokens: blocks_of(sparse, tokens)), want[x.shape])
+
+    queue, results, started = [], [], threading.Event()
+
+    def consume() -> None:  # one thread runs the blocks of all images, after passes of its own
+        with torch.no_grad():
+            sparse.forward_features(tall)
+            started.wait(30)
+            results.extend(blocks_of(sparse, tokens) for tokens in queue)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    queue += [sparse._pos_embed(sparse.patch_embed(wide)) for _ in range(3)]
+    started.set()
+    consumer.join()
+    for result in results:
+        torch.testing.assert_close(result, want[wide.shape])
+    assert len(results) == 3
+
+    waiting = [sparse._pos_embed(sparse.patch_embed(x)) for x in (wide, tall)]
+    with pytest.raises(ValueError, match="images of 8x16 and 16x8 patches were embedded before the blocks ran"):
+        in_a_thread(lambda: blocks_of(sparse, waiting[0]))
+
+
+@torch.no_grad()
+def test_what_another_thread_embeds_meanwhile_does_not_disturb_a_pass(dynamic, images) -> None:
+    sparse = sparsify(dynamic, CONFIG)
+    wide, tall = images(*WIDE), images(*TALL)
+    want = sparse.forward_features(wide)
+    tokens = sparse.blocks[0](sparse._pos_embed(sparse.patch_embed(wide)))
+    in_a_thread(lambda: sparse.patch_embed(tall))
+    changed = tokens + 0.0  # which no block has returned
+    torch.testing.assert_close(sparse.norm(sparse.blocks[1](changed)), want)
+    torch.testing.assert_close(sparse.forward_features(wide), want)

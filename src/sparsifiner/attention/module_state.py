@@ -48,7 +48,7 @@ def replaced_method(kind: type) -> str | None:
         for name in ("forward", "__call__"):
             function: Any = vars(base).get(name)
             while isinstance(function, FunctionType):
-                home = str(function.__globals__.get("__name__"))
+                home = str(function.__globals__.get("__name__", base.__module__))
                 if home.partition(".")[0] not in (base.__module__.partition(".")[0], *_DECORATORS):
                     return f"{name} of the class {base.__name__} was replaced by a function of {home}"
                 function = getattr(function, "__wrapped__", None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._utils import checks
 from .._utils.copying import copy_model
-from .._utils.messages import LOGGER
+from .._utils.messages import LOGGER, shown
 from .._utils.progress import Progress, progress_on
 from ..attention.attend import tail_groups
 from ..attention.layer import SparseAttention
@@ -98,8 +98,9 @@ def calibrate(
     for name, value, known in (("keep_rates", keep_rates, KeepRates), ("start", start, Start)):
         if value not in get_args(known):
             raise SparsifinerError(f"{name} {value!r} is unknown; choose {' or '.join(get_args(known))}")
-    checks.number("steps", steps, least=0, integer=True)
-    checks.number("max_images", max_images, least=1, integer=True, optional=True)
+    for name, number, least in (("steps", steps, 0), ("max_images", max_images, 1)):
+        if number is not None and (not isinstance(number, int) or number < least):
+            raise SparsifinerError(f"{name} must be a whole number of at least {least}, got {shown(number)}")
     checks.number("learning_rate", learning_rate, above=0)
     checks.seed("seed", seed)
     layers = sparse_layers(model)

@@ -22,6 +22,7 @@ class ForwardPass:
         kept: raster numbers of the patches each image still holds, int64 ``[B, n]``, by length of the sequence.
         sizes: patches that each token stands for, float32 ``[B, N]``, by length of the sequence.
         place: the thread and the block that it left last; None before the first block.
+        entered: the blocks it has entered, by ``id``.
     """
 
     def __init__(self, shape: tuple[int, int], num_frames: int = 1) -> None:
@@ -30,6 +31,7 @@ class ForwardPass:
         self.kept: dict[int, Tensor] = {}
         self.sizes: dict[int, Tensor] = {}
         self.place: tuple[int, int] | None = None
+        self.entered: set[int] = set()
 
     @property
     def num_patches(self) -> int:

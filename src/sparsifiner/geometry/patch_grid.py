@@ -20,6 +20,9 @@ from .tiling import Tiling
 
 _MOST_PENDING = 64
 
+_Pending = list[tuple[ForwardPass, bool]]
+"""Passes that wait for their first block, and whether the whole embedding has run."""
+
 
 class PatchGrid:
     """The patch grid of the input being processed, shared by all sparse layers below one patch embedding.
@@ -27,7 +30,7 @@ class PatchGrid:
     Attention layers see a flat sequence and cannot tell a 16x64 grid from a 32x32 one. Hooks of the patch embedding
     note the grid of each image, and hooks of the blocks tie it to the very tensors that pass through them, so that a
     block that runs again (activation checkpointing) finds the state of the pass its input belongs to. Each thread has
-    passes of its own.
+    passes of its own; a thread that runs blocks on tokens which another has embedded gets that thread's.
 
     Args:
         shape: rows and columns the model was built for, used until the first forward pass.
@@ -49,6 +52,7 @@ class PatchGrid:
         self._passes = WeakTensorKeyDictionary()
         self._alive: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._pending: weakref.WeakKeyDictionary[threading.Thread, _Pending] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to one forward pass; ``torch.export`` leaves fake tensors there."""
@@ -141,12 +145,14 @@ class PatchGrid:
             self.latest = begun
             return
         thread = self._thread
-        pending: list[tuple[ForwardPass, bool]] = getattr(thread, "pending", [])
-        if getattr(thread, "running", False):
-            pending = []
-        elif embedded and pending and not pending[-1][1]:  # the convolution of this very call was noted already
-            pending.pop()
-        thread.pending, thread.running = [*pending[-_MOST_PENDING:], (begun, embedded)], False
+        with self._lock:
+            pending = self._pending.get(threading.current_thread(), [])
+            if getattr(thread, "running", False):
+                pending = []
+            elif embedded and pending and not pending[-1][1]:  # the convolution of this very call was noted already
+                pending = pending[:-1]
+            self._pending[threading.current_thread()] = [*pending[-_MOST_PENDING:], (begun, embedded)]
+        thread.running = False
         self._enter(begun)
 
     def entered(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -156,8 +162,9 @@ class PatchGrid:
         x = inputs[0]
         known = self._passes.get(x)
         if known is None:
-            known = self._pass_of_unknown(x)
+            known = self._pass_of_unknown(x, block)
             self._note(x, known)
+        known.entered.add(id(block))
         self._thread.running = True
         self._enter(known)
 
@@ -170,7 +177,7 @@ class PatchGrid:
             if not _in_backward():
                 state.place = (threading.get_ident(), id(block))
 
-    def _pass_of_unknown(self, x: Tensor) -> ForwardPass:
+    def _pass_of_unknown(self, x: Tensor, block: nn.Module) -> ForwardPass:
         """The pass of tokens ``[B, N, C]`` that no block has returned.
 
         Raises:
@@ -179,24 +186,43 @@ class PatchGrid:
         num_tokens = x.shape[-2]
         if _in_backward():
             return self._pass_to_recompute(num_tokens)
-        pending = [state for state, _ in getattr(self._thread, "pending", [])]
-        matching = [state for state in pending if self.num_prefix_tokens + state.num_patches == num_tokens]
-        shapes = {state.shape for state in matching}
-        if len(shapes) > 1:
-            grids = " and ".join(f"{rows}x{columns}" for rows, columns in sorted(shapes))
-            raise SparsifinerError(
-                f"images of {grids} patches were embedded before the blocks ran, and these {num_tokens} tokens may be "
-                f"of either; run the blocks of one image before the next is embedded"
-            )
-        if matching:
-            chosen = matching[0]
-            self._thread.pending = [entry for entry in self._thread.pending if entry[0] is not chosen]
+        own: ForwardPass | None = getattr(self._thread, "current", None)
+        with self._lock:
+            here = threading.current_thread()
+            pending = self._pending.get(here, [])
+            chosen = self._waiting(num_tokens, [here])
+            if chosen is None and (own is None or id(block) in own.entered):
+                # Not in the middle of a pass of this thread: another may have embedded the image.
+                chosen = self._waiting(num_tokens, [thread for thread in self._pending if thread is not here])
+        if chosen is not None:
             return chosen
         self._refuse_interleaved(num_tokens)
         if pending or num_tokens != self.num_prefix_tokens + self.num_patches:
             return self.current  # in the middle of a pass: something changed the tokens between two blocks
         self._check_embedding()
         return ForwardPass(self.shape, self.current.num_frames)
+
+    def _waiting(self, num_tokens: int, threads: list[threading.Thread]) -> ForwardPass | None:
+        """The first pass that was begun in these threads and waits for blocks to run on ``num_tokens`` tokens; it waits
+        no more.
+
+        Raises:
+            SparsifinerError: if images of several grids come into question.
+        """
+        entries = [(thread, state) for thread in threads for state, _ in self._pending.get(thread, [])]
+        matching = [entry for entry in entries if self.num_prefix_tokens + entry[1].num_patches == num_tokens]
+        shapes = {state.shape for _, state in matching}
+        if len(shapes) > 1:
+            grids = " and ".join(f"{rows}x{columns}" for rows, columns in sorted(shapes))
+            raise SparsifinerError(
+                f"images of {grids} patches were embedded before the blocks ran, and these {num_tokens} tokens may be "
+                f"of either; run the blocks of one image before the next is embedded"
+            )
+        if not matching:
+            return None
+        thread, chosen = matching[0]
+        self._pending[thread] = [entry for entry in self._pending[thread] if entry[0] is not chosen]
+        return chosen
 
     def _refuse_interleaved(self, num_tokens: int) -> None:
         """Refuse tokens that may belong to either of two passes that stopped after the same block in this thread."""

@@ -63,7 +63,7 @@ def _check_config(name: str, config: object) -> None:
     for field in dataclasses.fields(config):
         if field.init and field.default is missing and field.default_factory is missing:
             raise SparsifinerError(f"{config.__name__}.{field.name} needs a default: predictor={name!r} gives none")
-    if (other := vars(config).get("name", name)) != name:
+    if (other := vars(config).get("name") or name) != name:
         raise SparsifinerError(f"{config.__name__} holds the settings of the predictor {other!r}; give each its own")
 
 
