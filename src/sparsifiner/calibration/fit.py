@@ -101,7 +101,8 @@ def calibrate(
     for name, number, least in (("steps", steps, 0), ("max_images", max_images, 1)):
         if number is not None and (not isinstance(number, int) or number < least):
             raise SparsifinerError(f"{name} must be a whole number of at least {least}, got {shown(number)}")
-    checks.number("learning_rate", learning_rate, above=0)
+    if not (isinstance(learning_rate, (int, float)) and math.isfinite(learning_rate) and learning_rate > 0):
+        raise SparsifinerError(f"learning_rate must be above 0, got {shown(learning_rate)}")
     checks.seed("seed", seed)
     layers = sparse_layers(model)
     _check_something_to_fit(layers, keep_rates)
