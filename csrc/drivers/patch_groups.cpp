@@ -1,5 +1,6 @@
 // Groups of patches with like rows, and means over them.
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -103,6 +104,7 @@ void add_patches(const Input& in, const int32_t* assignment, const PartialSums& 
     // Heads of a token are neighbours in memory, so they come last.
     for (int64_t patch = band * grid.block_rows * grid.columns; patch < grid.end_of_band(band) * grid.columns; ++patch)
       for (int64_t head = 0; head < in.heads; ++head) {
+        in.fetch(in.row(b, head, std::min(grid.prefix + in.patches() - 1, grid.prefix + patch + 2)));
         const int64_t group = assignment[(b * in.heads + head) * in.patches() + patch];
         if (group < std::max<int64_t>(0, first) || group >= last)
           throw std::out_of_range("member: patch " + std::to_string(patch) + " is in group " + std::to_string(group) +
@@ -120,24 +122,70 @@ struct Means {
   float* half_square;  // [B, H, P]
 };
 
+// Rows of patches block by block, those of a head together: where the model left them, each lies on a page of its own.
+class BlockRows {
+ public:
+  explicit BlockRows(const Input& in)
+      : in_(in),
+        row_bytes_(element_size(in.dtype) * in.width),
+        memory_(allocate(in.batch * in.heads * in.patches() * row_bytes_)) {}
+
+  int64_t count(int64_t by, int64_t bx) const {
+    const BlockGrid& grid = in_.grid;
+    const int64_t left = bx * grid.block_columns;
+    return height(by) * (std::min(grid.columns, left + grid.block_columns) - left);
+  }
+
+  // Row `i` of a block, counted row by row of the grid.
+  char* row(int64_t b, int64_t head, int64_t by, int64_t bx, int64_t i) const {
+    const BlockGrid& grid = in_.grid;
+    const int64_t before = by * grid.block_rows * grid.columns + height(by) * bx * grid.block_columns;
+    return memory_.get() + ((b * in_.patches() + before) * in_.heads + head * count(by, bx) + i) * row_bytes_;
+  }
+
+  void copy_band(int64_t b, int64_t by) const {
+    const BlockGrid& grid = in_.grid;
+    const int64_t last = grid.prefix + in_.patches() - 1;
+    for (int64_t y = 0; y < height(by); ++y)
+      for (int64_t x = 0; x < grid.columns; ++x) {
+        const int64_t token = grid.prefix + (by * grid.block_rows + y) * grid.columns + x;
+        const int64_t bx = x / grid.block_columns, left = bx * grid.block_columns;
+        const int64_t breadth = std::min(grid.columns, left + grid.block_columns) - left;
+        for (int64_t head = 0; head < in_.heads; ++head) {
+          in_.fetch(in_.row(b, head, std::min(last, token + 2)));
+          std::memcpy(row(b, head, by, bx, y * breadth + x - left), in_.row(b, head, token),
+                      static_cast<std::size_t>(row_bytes_));
+        }
+      }
+  }
+
+ private:
+  int64_t height(int64_t by) const { return in_.grid.end_of_band(by) - by * in_.grid.block_rows; }
+
+  const Input& in_;
+  int64_t row_bytes_;
+  SharedBuffer memory_;
+};
+
+void set_mean(const Means& means, int64_t group, const float* sum, int64_t count, int64_t width) {
+  if (count == 0) return;
+  float* mean = means.mean + group * width;
+  kernels().store_row(sum, 1.0f / static_cast<float>(count), width, DType::float32, mean);
+  means.half_square[group] = kernels().half_square(mean, static_cast<int>(width));
+}
+
 // Every patch of one block of one head joins the nearest of the means around, and is added to its next one.
-void join_nearest(const Input& in, int64_t b, int64_t head, int64_t by, int64_t bx, const Means& means,
-                  const PartialSums& sums, int32_t* assignment) {
+void join_nearest(const Input& in, const BlockRows& from, int64_t b, int64_t head, int64_t by, int64_t bx,
+                  const Means& means, const PartialSums& sums, int32_t* assignment) {
   const BlockGrid& grid = in.grid;
   const Kernels& kernel = kernels();
   const int64_t left = bx * grid.block_columns, right = std::min(grid.columns, left + grid.block_columns);
   thread_local std::vector<const void*> rows;
   thread_local std::vector<int32_t> nearest;
-  rows.clear();
-  const int64_t last = grid.prefix + in.patches() - 1;
-  for (int64_t y = by * grid.block_rows; y < grid.end_of_band(by); ++y)
-    for (int64_t x = left; x < right; ++x) {
-      const int64_t token = grid.prefix + y * grid.columns + x;
-      rows.push_back(in.row(b, head, token));
-      in.fetch(head + 1 < in.heads ? in.row(b, head + 1, token)
-                                   : in.row(b, 0, std::min(last, token + grid.block_columns)));
-    }
-  nearest.resize(rows.size());
+  const std::size_t size = static_cast<std::size_t>(from.count(by, bx));
+  rows.resize(size);
+  nearest.resize(size);
+  for (std::size_t i = 0; i < size; ++i) rows[i] = from.row(b, head, by, bx, static_cast<int64_t>(i));
   const PartialSums::Part part = sums.part(b, head, by);
   const float* candidates[9];
   float half_squares[9];
@@ -171,15 +219,14 @@ void join_nearest(const Input& in, int64_t b, int64_t head, int64_t by, int64_t 
     }
 }
 
-}  // namespace
-
-void group_patches(const PatchGroups& p, int threads) {
-  check_width(p.width);
+// Groups of the images of `p`.
+void group_images(const PatchGroups& p, int threads) {
   const Input in{p.x, p.dtype, p.batch, p.heads, p.width, p.grid};
   const Kernels& kernel = kernels();
   const BlockGrid& grid = p.grid;
   const int64_t blocks = grid.blocks(), patches = in.patches(), tokens = grid.prefix + patches,
-                lists = p.batch * p.heads;
+                lists = p.batch * p.heads, bands = grid.vertical();
+  const BlockRows rows(in);
   const PartialSums sums(in);
   const SharedBuffer memory = allocate(lists * blocks * (p.width + 1) * static_cast<int64_t>(sizeof(float)));
   Means means{reinterpret_cast<float*>(memory.get()), nullptr};
@@ -187,43 +234,68 @@ void group_patches(const PatchGroups& p, int threads) {
   const std::vector<int32_t> block = block_of_token(grid);
   for (int64_t list = 0; list < lists; ++list)
     std::copy(block.begin() + grid.prefix, block.end(), p.assignment + list * patches);
-  const auto take_means = [&] {
-    sums.add_parts(threads, [&](int64_t group, const float* sum, int32_t count) {
-      if (count == 0) return;
-      float* mean = means.mean + group * p.width;
-      kernel.store_row(sum, 1.0f / static_cast<float>(count), p.width, DType::float32, mean);
-      means.half_square[group] = kernel.half_square(mean, static_cast<int>(p.width));
-    });
-  };
-  add_patches(in, p.assignment, sums, threads);
-  take_means();
+  parallel_for(p.batch * bands, threads, [&](int64_t item) {
+    const int64_t by = item % bands, b = item / bands;
+    rows.copy_band(b, by);
+    for (int64_t bx = 0; bx < grid.horizontal(); ++bx)
+      for (int64_t head = 0; head < p.heads; ++head) {
+        float sum[kMaxWidth] = {};
+        kernel.add_rows(rows.row(b, head, by, bx, 0), p.dtype, rows.count(by, bx), p.width, p.width, sum);
+        set_mean(means, (b * p.heads + head) * blocks + by * grid.horizontal() + bx, sum, rows.count(by, bx), p.width);
+      }
+  });
   for (int64_t step = 0; step < p.steps; ++step) {
-    parallel_for(p.batch * grid.vertical(), threads, [&](int64_t item) {
-      const int64_t by = item % grid.vertical(), b = item / grid.vertical();
+    parallel_for(p.batch * bands, threads, [&](int64_t item) {
+      const int64_t by = item % bands, b = item / bands;
       for (int64_t head = 0; head < p.heads; ++head) sums.empty_part(b, head, by);
       for (int64_t bx = 0; bx < grid.horizontal(); ++bx)
         for (int64_t head = 0; head < p.heads; ++head)
-          join_nearest(in, b, head, by, bx, means, sums, p.assignment + (b * p.heads + head) * patches);
+          join_nearest(in, rows, b, head, by, bx, means, sums, p.assignment + (b * p.heads + head) * patches);
     });
-    take_means();
+    sums.add_parts(
+        threads, [&](int64_t group, const float* sum, int32_t count) { set_mean(means, group, sum, count, p.width); });
   }
-  const float zero[kMaxWidth] = {};
-  parallel_for(p.batch * (grid.vertical() + 1), threads, [&](int64_t item) {
-    const int64_t b = item / (grid.vertical() + 1), band = item % (grid.vertical() + 1) - 1;
-    const bool prefix = band < 0;
-    const int64_t first = prefix ? 0 : grid.prefix + band * grid.block_rows * grid.columns;
-    const int64_t end = prefix ? grid.prefix : grid.prefix + grid.end_of_band(band) * grid.columns;
-    for (int64_t token = first; token < end; ++token)
+  parallel_for(p.batch * bands, threads, [&](int64_t item) {
+    const int64_t by = item % bands, b = item / bands;
+    for (int64_t bx = 0; bx < grid.horizontal(); ++bx)
       for (int64_t head = 0; head < p.heads; ++head) {
-        const int64_t list = b * p.heads + head;
-        const float* mean =
-            prefix ? zero : means.mean + (list * blocks + p.assignment[list * patches + token - grid.prefix]) * p.width;
-        kernel.distances(in.row(b, head, token), p.dtype, 1, 0, p.width, mean, p.distance + list * tokens + token);
+        const int64_t list = b * p.heads + head, left = bx * grid.block_columns,
+                      breadth = std::min(grid.columns, left + grid.block_columns) - left;
+        for (int64_t i = 0; i < rows.count(by, bx); ++i) {
+          const int64_t patch = (by * grid.block_rows + i / breadth) * grid.columns + left + i % breadth;
+          const float* mean = means.mean + (list * blocks + p.assignment[list * patches + patch]) * p.width;
+          kernel.distances(rows.row(b, head, by, bx, i), p.dtype, 1, 0, p.width, mean,
+                           p.distance + list * tokens + grid.prefix + patch);
+        }
       }
   });
+  const float zero[kMaxWidth] = {};
+  for (int64_t list = 0; list < lists; ++list)
+    for (int64_t token = 0; token < grid.prefix; ++token)
+      kernel.distances(in.row(list / p.heads, list % p.heads, token), p.dtype, 1, 0, p.width, zero,
+                       p.distance + list * tokens + token);
   for (int64_t group = 0; group < lists * blocks; ++group)
     kernel.store_row(means.mean + group * p.width, 1.0f, p.width, p.dtype,
                      static_cast<char*>(p.mean) + element_size(p.dtype) * group * p.width);
+}
+
+}  // namespace
+
+void group_patches(const PatchGroups& p, int threads) {
+  check_width(p.width);
+  const int64_t patches = p.grid.rows * p.grid.columns, element = element_size(p.dtype);
+  // As many images at a time as the memory that is kept anyway has room for.
+  const int64_t image_bytes = std::max<int64_t>(1, p.heads * patches * p.width * element);
+  const int64_t step = std::max<int64_t>(1, static_cast<int64_t>(kCachedBytes) / image_bytes);
+  for (int64_t first = 0; first < p.batch; first += step) {
+    PatchGroups part = p;
+    part.batch = std::min(step, p.batch - first);
+    part.x.data = static_cast<const char*>(p.x.data) + element * first * p.x.batch_stride;
+    part.assignment = p.assignment + first * p.heads * patches;
+    part.mean = static_cast<char*>(p.mean) + element * first * p.heads * p.grid.blocks() * p.width;
+    part.distance = p.distance + first * p.heads * (p.grid.prefix + patches);
+    group_images(part, threads);
+  }
 }
 
 void pool_groups(const Rows& x, DType dtype, int64_t batch, int64_t heads, int64_t width, const BlockGrid& grid,

@@ -1,9 +1,12 @@
 // Scores and selects the keys of all tiles: keys are transposed once per head, then a few tiles at a time.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "core/parallel.h"
 #include "core/shared_buffer.h"
@@ -47,15 +50,53 @@ void select(const TileKeys& p, float* scores, int threads) {
   });
 }
 
-// The `total` best of an image's scores: their positions, ascending.
-SharedBuffer best_of_image(const BudgetKeys& p, const float* scores) {
-  const int64_t columns = p.tiles.heads * p.tiles.tiles * p.tiles.count;
-  SharedBuffer kept = allocate(4 * std::max<int64_t>(1, p.total));
-  const SharedBuffer scratch = allocate(static_cast<int64_t>(topk_scratch(columns)));
-  int32_t* list = reinterpret_cast<int32_t*>(kept.get());
-  if (p.total > 0 && !kernels().topk(scores, DType::float32, columns, p.total, 0, list, scratch.get()))
-    throw not_a_number("the scores hold");
-  return kept;
+// Integers that order like the floats; there is no NaN among them.
+uint32_t ordered(float score) {
+  uint32_t bits;
+  score += 0.0f;  // -0 becomes 0
+  std::memcpy(&bits, &score, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The lowest score that is among the `total` best of `lists` lists of `count`, and how many equal to it are.
+struct Threshold {
+  uint32_t score;
+  int64_t ties;
+};
+
+// Digit by digit, from the highest: one pass over the scores each.
+Threshold find_threshold(const float* scores, int64_t lists, int64_t count, int64_t total, int threads) {
+  constexpr int kMostBins = 4096;
+  constexpr struct {
+    int shift, bits;
+  } digits[] = {{20, 12}, {8, 12}, {0, 8}};
+  const int64_t chunks = std::min<int64_t>(lists, 64), step = (lists + chunks - 1) / chunks;
+  const SharedBuffer memory = allocate(chunks * kMostBins * static_cast<int64_t>(sizeof(int32_t)));
+  int32_t* sizes = reinterpret_cast<int32_t*>(memory.get());
+  Threshold found{0, total};
+  uint32_t known = 0;  // bits of found.score that are final
+  for (const auto& digit : digits) {
+    const uint32_t mask = (1u << digit.bits) - 1;
+    parallel_for(chunks, threads, [&](int64_t chunk) {
+      int32_t* of_chunk = sizes + chunk * kMostBins;
+      std::fill_n(of_chunk, kMostBins, 0);
+      for (int64_t i = chunk * step * count; i < std::min(lists, (chunk + 1) * step) * count; ++i) {
+        const uint32_t key = ordered(scores[i]);
+        if ((key & known) == found.score) ++of_chunk[key >> digit.shift & mask];
+      }
+    });
+    for (uint32_t bin = mask;; --bin) {
+      int64_t size = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) size += sizes[chunk * kMostBins + bin];
+      if (found.ties <= size || bin == 0) {
+        found.score |= bin << digit.shift;
+        break;
+      }
+      found.ties -= size;
+    }
+    known |= mask << digit.shift;
+  }
+  return found;
 }
 
 }  // namespace
@@ -88,16 +129,33 @@ void budget_keys(const BudgetKeys& p, int threads) {
       for (int64_t i = 0; i < p.least; ++i) of_tile[best[i]] = std::numeric_limits<float>::infinity();
     });
   const int64_t width = t.first + t.count;
+  std::vector<int64_t> ties(static_cast<std::size_t>(tiles));
   for (int64_t image = 0; image < t.batch; ++image) {
-    const SharedBuffer list = best_of_image(p, scores + image * tiles * t.count);
-    const int32_t* kept = reinterpret_cast<const int32_t*>(list.get());
+    const float* of_image = scores + image * tiles * t.count;
+    const Threshold threshold = find_threshold(of_image, tiles, t.count, p.total, threads);
+    // Equal scores count from the first tile on.
     parallel_for(tiles, threads, [&](int64_t tile) {
+      const float* of_tile = of_image + tile * t.count;
+      ties[static_cast<std::size_t>(tile)] =
+          std::count_if(of_tile, of_tile + t.count, [&](float score) { return ordered(score) == threshold.score; });
+    });
+    int64_t left = threshold.ties;
+    for (int64_t& of_tile : ties) {
+      of_tile = std::min(of_tile, left);
+      left -= of_tile;
+    }
+    parallel_for(tiles, threads, [&](int64_t tile) {
+      const float* of_tile = of_image + tile * t.count;
       int32_t* indices = t.indices + (image * tiles + tile) * width;
       float* bias = p.bias + (image * tiles + tile) * width;
-      const int64_t start = tile * t.count;
-      const int32_t* next = std::lower_bound(kept, kept + p.total, static_cast<int32_t>(start));
-      int64_t n = t.first;
-      for (; next != kept + p.total && *next < start + t.count; ++next) indices[n++] = indices[t.first + *next - start];
+      int64_t n = t.first, equal = ties[static_cast<std::size_t>(tile)];
+      for (int64_t i = 0; i < t.count; ++i) {
+        const uint32_t key = ordered(of_tile[i]);
+        const bool tie = key == threshold.score && equal > 0;
+        equal -= tie;
+        indices[n] = indices[t.first + i];
+        n += (key > threshold.score) | tie;
+      }
       std::fill_n(bias, n, 0.0f);
       std::fill(bias + n, bias + width, -INFINITY);
       std::fill(indices + n, indices + width, 0);

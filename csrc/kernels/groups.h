@@ -79,19 +79,28 @@ inline std::size_t group_scratch(const GroupTask& t) {
   return group_layout<V>(t, nullptr, &b);
 }
 
+// sum += row, both of `width` elements.
+template <class V>
+inline void add_row(const float* row, int width, float* sum) {
+  for (int d = 0; d < width; d += V::lanes) V::store(sum + d, V::add(V::load(sum + d), V::load(row + d)));
+}
+
 // centroid[g] = mean of the queries that are pooled_queries of group g; an empty group keeps its centroid.
+template <class V>
 inline void mean_of_groups(const GroupTask& t, const GroupBuffers& b) {
-  for (int i = 0; i < t.groups * t.width; ++i) b.sum[i] = 0.0f;
+  for (int i = 0; i < t.groups * t.width; i += V::lanes) V::store(b.sum + i, V::set(0.0f));
   for (int g = 0; g < t.groups; ++g) b.count[g] = 0;
   for (int s = 0; s < t.queries; ++s) {
-    float* sum = b.sum + b.nearest.assignment[s] * t.width;
-    const float* row = b.nearest.rows[s];
-    for (int d = 0; d < t.width; ++d) sum[d] += row[d];
-    ++b.count[b.nearest.assignment[s]];
+    const int group = b.nearest.assignment[s];
+    add_row<V>(b.nearest.rows[s], t.width, b.sum + group * t.width);
+    ++b.count[group];
   }
-  for (int g = 0; g < t.groups; ++g)
-    for (int d = 0; b.count[g] > 0 && d < t.width; ++d)
-      b.centroid[g * t.width + d] = b.sum[g * t.width + d] / static_cast<float>(b.count[g]);
+  for (int g = 0; g < t.groups; ++g) {
+    if (b.count[g] == 0) continue;
+    const typename V::F factor = V::set(1.0f / static_cast<float>(b.count[g]));
+    for (int d = g * t.width; d < (g + 1) * t.width; d += V::lanes)
+      V::store(b.centroid + d, V::mul(V::load(b.sum + d), factor));
+  }
 }
 
 // Widens `count` rows and transposes them into lanes.
@@ -113,6 +122,13 @@ inline void load_rows(const void* const* from, DType dtype, int count, int width
                       reinterpret_cast<uint32_t*>(b.lanes) + s, padded);
 }
 
+// The sum of 16 numbers, in pairs.
+inline float add_up(float* parts) {
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) parts[i] += parts[i + step];
+  return parts[0];
+}
+
 // |a - b|^2 of rows of a multiple of 16 elements; one running sum would wait for each addition.
 inline float square_distance(const float* a, const float* b, int width) {
   float sum[16] = {};
@@ -121,14 +137,14 @@ inline float square_distance(const float* a, const float* b, int width) {
       const float difference = a[d + lane] - b[d + lane];
       sum[lane] += difference * difference;
     }
-  float total = 0.0f;
-  for (float part : sum) total += part;
-  return total;
+  return add_up(sum);
 }
 
 inline float half_square(const float* row, int width) {
-  const float zero[kMaxWidth] = {};
-  return square_distance(row, zero, width) / 2;
+  float sum[16] = {};
+  for (int d = 0; d < width; d += 16)
+    for (int lane = 0; lane < 16; ++lane) sum[lane] += row[d + lane] * row[d + lane];
+  return add_up(sum) / 2;
 }
 
 // nearness[g][s] = x.c - |c|^2 / 2, largest for the nearest centroid: |x - c|^2 without what all centroids share.
@@ -181,11 +197,11 @@ inline void group_tile(const GroupTask& t, void* memory) {
   load_rows<V>(t.q, t.dtype, t.queries, t.width, b.nearest);
   for (int s = 0; s < t.queries; ++s) b.nearest.assignment[s] = t.group_of[s];
   for (int g = 0; g < t.groups; ++g) b.nearest.centroids[g] = b.centroid + g * t.width;
-  mean_of_groups(t, b);
+  mean_of_groups<V>(t, b);
   for (int step = 0; step < t.steps; ++step) {
     for (int g = 0; g < t.groups; ++g) b.nearest.half_squares[g] = half_square(b.centroid + g * t.width, t.width);
     find_nearest<V>(t.queries, t.width, t.groups, b.nearest);
-    mean_of_groups(t, b);
+    mean_of_groups<V>(t, b);
   }
   const std::size_t row = static_cast<std::size_t>(t.width) * (t.dtype == DType::float32 ? 4 : 2);
   for (int g = 0; g < t.groups; ++g)
@@ -217,8 +233,7 @@ inline void nearest(const NearestTask& t, void* memory) {
   }
   find_nearest<V>(t.count, t.width, t.candidates, b);
   for (int s = 0; s < t.count; ++s) {
-    float* sum = t.sums[b.assignment[s]];
-    for (int d = 0; d < t.width; ++d) sum[d] += b.rows[s][d];
+    add_row<V>(b.rows[s], t.width, t.sums[b.assignment[s]]);
     t.nearest[s] = b.assignment[s];
   }
 }
@@ -227,9 +242,12 @@ inline void nearest(const NearestTask& t, void* memory) {
 inline void distances(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, const float* mean,
                       float* out) {
   for (int64_t i = 0; i < count; ++i) {
-    float row[kMaxWidth];
-    const std::size_t offset = static_cast<std::size_t>(i * stride) * (dtype == DType::float32 ? 4 : 2);
-    widen_row(static_cast<const char*>(rows) + offset, dtype, static_cast<int>(width), row);
+    float wide[kMaxWidth];
+    const float* row = static_cast<const float*>(rows) + i * stride;
+    if (dtype == DType::bfloat16) {
+      widen_row(static_cast<const uint16_t*>(rows) + i * stride, dtype, static_cast<int>(width), wide);
+      row = wide;
+    }
     out[i] = __builtin_sqrtf(square_distance(row, mean, static_cast<int>(width)));
   }
 }

@@ -97,13 +97,14 @@ bool select_topk(const void* scores, DType dtype, int64_t columns, int64_t k, in
   return true;
 }
 
-inline void add_rows(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width, float* sum) {
+inline void add_rows(const void* rows, DType dtype, int64_t count, int64_t stride, int64_t width,
+                     float* __restrict sum) {
   for (int64_t r = 0; r < count; ++r) {
     if (dtype == DType::float32) {
-      const float* row = static_cast<const float*>(rows) + r * stride;
+      const float* __restrict row = static_cast<const float*>(rows) + r * stride;
       for (int64_t d = 0; d < width; ++d) sum[d] += row[d];
     } else {
-      const uint16_t* row = static_cast<const uint16_t*>(rows) + r * stride;
+      const uint16_t* __restrict row = static_cast<const uint16_t*>(rows) + r * stride;
       for (int64_t d = 0; d < width; ++d) sum[d] += from_bits(static_cast<uint32_t>(row[d]) << 16);
     }
   }

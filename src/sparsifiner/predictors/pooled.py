@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._utils.checks import choose, number, pair
 from ..geometry.tiling import Tiling
+from ..ops.budget_keys import budget_keys
 from ..ops.connectivity import Connectivity
 from ..ops.group_queries import filled, group_queries, group_weights, tile_queries
 from ..ops.inputs import AttentionInputs
@@ -21,6 +22,7 @@ from .registry import register_predictor
 from .screening import num_screened_blocks, screening_blocks
 
 Reduction = Literal["max", "sum"]
+Budget = Literal["tile", "layer"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,25 @@ class PooledConfig(PredictorConfig):
         reduction: how the groups of a tile are merged into one score per key, ``max`` or ``sum``.
         screen_from: from this many candidate keys on, blocks of 2x2 keys are scored first by their mean, and single
             keys only in the best of them, about twice as many as are kept and a tenth of all. None: every key is
-            scored. It takes no effect with keep rates from 0.2 on or an attention bias.
+            scored. It takes no effect with keep rates from 0.2 on, an attention bias or ``budget="layer"``.
+        budget: who shares the keys that ``keep_rate`` allows. With ``tile`` every tile of every head keeps as many.
+            With ``layer`` an image's tiles and heads keep as many together, those of the highest scores, so that tiles
+            and heads which need more get more: a tile at least a quarter of its share and at most twice. It takes no
+            effect with an attention bias.
     """
 
     query_pool: tuple[int, int] = (2, 2)
     query_refine: int = 2
     reduction: Reduction = "max"
     screen_from: int | None = 8192
+    budget: Budget = "tile"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_pool", pair("query_pool", self.query_pool))
         number("query_refine", self.query_refine, least=0, most=100, integer=True)
         number("screen_from", self.screen_from, least=0, integer=True, optional=True)
         choose("reduction", self.reduction, get_args(Reduction))
+        choose("budget", self.budget, get_args(Budget))
 
 
 @register_predictor("pooled", PooledConfig)
@@ -109,6 +117,12 @@ class PooledPredictor(Predictor):
         pooled = group_queries(q, *starts, self.settings.query_refine, backend=backend)
         first, count, num_blocks = self.first_candidate(tiling), self.num_keep(tiling), self.num_screened_blocks(tiling)
         by_sum = self.settings.reduction == "sum"
+        if self.settings.budget == "layer":
+            least, most = count // 4, min(2 * count, self.num_candidates(tiling))
+            total = count * q.shape[1] * tiling.num_tiles
+            budget = (first, most, least, total)
+            indices, bias = budget_keys(pooled, k, value_distance, *budget, scale, by_sum, backend=backend)
+            return Connectivity(tiling, indices, bias)
         if num_blocks is None:
             indices = tile_keys(pooled, k, value_distance, first, count, scale, by_sum, backend=backend)
             return Connectivity(tiling, indices)
@@ -120,6 +134,8 @@ class PooledPredictor(Predictor):
         """Blocks per tile whose keys are scored one by one; None where every key is."""
         screen_from = self.settings.screen_from
         only_patches = self.first_candidate(tiling) == tiling.num_prefix_tokens
+        if self.settings.budget == "layer":
+            return None
         if screen_from is None or self.num_candidates(tiling) < screen_from or not only_patches:
             return None
         return num_screened_blocks(tiling, self.num_keep(tiling))
