@@ -8,6 +8,7 @@ import pytest
 
 from sparsifiner import SparsifinerConfig
 from sparsifiner.cli import main
+from sparsifiner.cli.benchmark import Job, run_within
 from sparsifiner.measure.benchmark import Measured, measure_operator
 
 QUICK = ["--img-size", "112", "--tokens", "144", "--keep-rate", "0.25", "--repeats", "1", "--max-tokens", "256"]
@@ -53,6 +54,33 @@ def test_layers_with_a_bias_have_no_break_even(capsys) -> None:
     assert "is faster sparse from" not in out
     code, out, err = run(capsys, "--json", *model, *QUICK)
     assert json.loads(out)["break_even"] == {"float32, keep 0.25": None}
+
+
+def test_the_time_limit_holds_for_all_measurements_together(monkeypatch) -> None:
+    """Rounds that take as long as their weight, on a clock of the test's own."""
+    now, ran = [0.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def job(name: str, weight: float) -> Job:
+        def measure(seconds: float, progress: object) -> None:
+            begun, done = now[0], 0
+            now[0] += weight  # to warm up
+            while done < 7 and (not done or now[0] - begun < seconds):
+                now[0] += weight
+                done += 1
+                progress(done, 7)  # type: ignore[operator]
+            ran.append((name, done))
+
+        return Job(name, "model", weight, measure)
+
+    left_out = run_within([job("a", 1), job("b", 4), job("c", 1), job("d", 4)], 50.0, lambda *stage: None)
+    assert left_out == []
+    assert now[0] <= 55
+    assert [done > 1 for _, done in ran] == [True] * 4
+    now[0], ran[:] = 0.0, []
+    assert run_within([job("a", 1), job("b", 40), job("c", 1)], 10.0, lambda *stage: None) == ["b"]
+    assert now[0] <= 11
+    assert [name for name, _ in ran] == ["a", "c"]
 
 
 @pytest.mark.parametrize(

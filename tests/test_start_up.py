@@ -23,7 +23,7 @@ SLOW = (
     "accelerate",
     "jinja2",
 )
-COMMANDS = ("report", "benchmark", "calibrate", "info", "pareto", "train", "validate")
+COMMANDS = ("report", "benchmark", "calibrate", "info", "pareto", "train", "tune", "validate")
 
 RUN = """
 import json, os, sys, tempfile

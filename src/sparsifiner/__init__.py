@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .reduction.pruning import kept_patches, prune_tokens, token_pruning, unprune_tokens
     from .runtime import Runtime, prepare
     from .saving import from_pretrained, save_pretrained
+    from .tuning import tune
 
 __version__ = "0.2.0.dev0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "sparse_layers",
     "sparsify",
     "token_pruning",
+    "tune",
     "unprune_tokens",
 ]
 
@@ -88,6 +90,7 @@ _HOMES = {
     "sparse_layers": "convert",
     "sparsify": "convert",
     "token_pruning": "reduction.pruning",
+    "tune": "tuning",
     "unprune_tokens": "reduction.pruning",
 }
 """Modules of the public names that are not modules themselves; the same as the imports above say to type checkers."""

@@ -1,6 +1,6 @@
 """The command line: ``sparsifiner`` with its commands, one module each.
 
-``report``, ``benchmark``, ``calibrate``, ``info``, ``pareto``, ``train`` and ``validate``.
+``report``, ``benchmark``, ``calibrate``, ``info``, ``pareto``, ``train``, ``tune`` and ``validate``.
 """
 
 from .main import main

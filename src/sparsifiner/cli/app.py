@@ -12,6 +12,7 @@ from .info import info
 from .pareto import pareto
 from .report import report
 from .train import train
+from .tune import tune
 from .validate import validate
 
 
@@ -24,7 +25,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_common)
-    for command in (report, benchmark, calibrate, info, pareto, train, validate):
+    for command in (report, benchmark, calibrate, info, pareto, train, tune, validate):
         app.command()(command)
     return app
 

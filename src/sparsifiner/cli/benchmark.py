@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from ..measure.benchmark import Measured
     from ..measure.crossover import BreakEven
 
+ROUNDS_AT_LEAST = 2
+"""Rounds that a measurement must have time for, the one that warms up among them."""
+
 
 def benchmark(
     model: Annotated[
@@ -34,8 +40,8 @@ def benchmark(
     compile: Annotated[bool, typer.Option(help="Measure the whole model under torch.compile, too.")] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 7,
     max_seconds: Annotated[
-        float, typer.Option(help="Start no further round of one measurement after so many seconds.", min=1)
-    ] = 30.0,
+        float, typer.Option(help="For all measurements together; what does not fit is left out and named.", min=1)
+    ] = 100.0,
     max_tokens: MaxTokens = 4096,
     save_profile: Annotated[
         bool, typer.Option(help="Instead of all this measure, once, what models with mode=auto decide by.")
@@ -47,7 +53,7 @@ def benchmark(
     if save_profile:
         from .profile import save_profile as save
 
-        save(parse_device(device), max_seconds=max_seconds, json=json)
+        save(parse_device(device), max_seconds=min(max_seconds, 30.0), json=json)
         return
     rates, sizes, counts = parse_keep_rates(keep_rate), parse_sizes(img_size), _parse_counts(tokens)
     dtypes = list(dict.fromkeys(name.strip() for name in dtype.split(",")))
@@ -61,10 +67,8 @@ def benchmark(
     from .. import __version__
     from .._utils.progress import progress_on
     from ..config import SparsifinerConfig
-    from ..convert import sparsify
     from ..geometry.patch_grid import check_size
-    from ..measure.benchmark import measure_model, measure_operator
-    from ..measure.crossover import NEVER_WITH_BIAS, break_even
+    from ..measure.crossover import NEVER_WITH_BIAS
     from ..ops import cpu
     from ..report.machine import this_machine
 
@@ -75,54 +79,41 @@ def benchmark(
     stderr = Console(stderr=True)
     found: list[Measured] = []
     pays: dict[str, BreakEven | None] = {}
-    with progress_on(stderr) as notify:
-        for count in counts:
-            side = math.isqrt(count)
-            for rate in rates:
-                stage = f"operator, {side * side} patches, keep {rate:g}"
-                settings = base.replace(keep_rate=rate, mode="sparse", dense_below=None)
-                found += measure_operator(
-                    (side, side),
-                    settings,
-                    repeats=repeats,
-                    max_seconds=max_seconds,
-                    progress=lambda done, total, stage=stage: notify(stage, done, total),  # type: ignore[misc]
-                )
-        for size, built in models.items():
-            for name in dtypes:
-                for rate in rates:
-                    stage = f"{model}, {size[0]}x{size[1]}, {name}, keep {rate:g}"
-                    found.append(
-                        measure_model(
-                            built,
-                            {"sparse": base.replace(keep_rate=rate)},
-                            size,
-                            title=model,
-                            batch=batch,
-                            dtype=getattr(torch, name),
-                            compiled=compile,
-                            repeats=repeats,
-                            max_seconds=max_seconds,
-                            progress=lambda done, total, stage=stage: notify(stage, done, total),  # type: ignore[misc]
-                        )
-                    )
-        smallest = models[min(sizes)]
+    jobs: list[Job] = []
+    for count in counts:
+        side = math.isqrt(count)
+        for rate in rates:
+            stage, weight = f"operator, {side * side} patches, keep {rate:g}", (count / 4096) ** 1.5
+            jobs.append(Job(stage, "operator", weight, partial(
+                _measure_operator, found, (side, side), base.replace(keep_rate=rate, mode="sparse", dense_below=None),
+                repeats,
+            )))  # fmt: skip
+    for size, built in models.items():
         for name in dtypes:
             for rate in rates:
-                stage = f"break-even, {name}, keep {rate:g}"
-                sparse = sparsify(smallest, base.replace(keep_rate=rate)).to(getattr(torch, name))
-                pays[f"{name}, keep {rate:g}"] = break_even(
-                    sparse,
-                    max_tokens=max_tokens,
-                    max_seconds=max_seconds,
-                    progress=lambda done, total, stage=stage: notify(stage, done, total),  # type: ignore[misc]
+                weight = (size[0] * size[1] / 518**2) ** 1.2 * (4.0 if name == "float32" else 2.0) * batch
+                settings: dict[str, Any] = dict(
+                    title=model, batch=batch, dtype=getattr(torch, name), compiled=compile, repeats=repeats
                 )
+                jobs.append(Job(f"{model}, {size[0]}x{size[1]}, {name}, keep {rate:g}", "model", weight, partial(
+                    _measure_model, found, built, base.replace(keep_rate=rate), size, settings,
+                )))  # fmt: skip
+    smallest = models[min(sizes)]
+    for name in dtypes:
+        for rate in rates:
+            jobs.append(Job(f"break-even, {name}, keep {rate:g}", "break-even", 2.0, partial(
+                _measure_break_even, pays, f"{name}, keep {rate:g}", smallest, base.replace(keep_rate=rate),
+                getattr(torch, name), max_tokens,
+            )))  # fmt: skip
+    with progress_on(stderr) as notify:
+        left_out = run_within(jobs, max_seconds, notify)
     machine = this_machine(torch.device("cpu"))
     facts: dict[str, Any] = {
         "sparsifiner": __version__,
         "machine": asdict(machine),
         "level": cpu.level(),
         "measured": [item.to_dict() for item in found],
+        "left_out": left_out,
         "break_even": {name: item and item.to_dict() for name, item in pays.items()},
     }
     if json:
@@ -134,7 +125,88 @@ def benchmark(
     print_measured(found, stdout)
     for name, item in pays.items():
         say(stdout, f"{name}: {item or f'not measured: {NEVER_WITH_BIAS}'}")
+    if left_out:
+        say(stdout, f"Left out, there was no time (--max-seconds {max_seconds:g}): {'; '.join(left_out)}")
     say(stdout, "A sparse model runs dense by itself where sparse is expected to be slower (mode=auto).")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A measurement: what it is, its kind, how long one round takes beside others of its kind, and what runs it.
+
+    ``run`` takes the seconds it may take and a callback for progress.
+    """
+
+    stage: str
+    kind: str
+    weight: float
+    run: Callable[[float, Callable[[int, int], None]], None]
+
+
+def run_within(jobs: list[Job], max_seconds: float, notify: Callable[[str, int, int], None]) -> list[str]:
+    """Run measurements in ``max_seconds`` together, each with a share by its weight.
+
+    One that would not be done in time, going by those before it, is left out.
+
+    Returns:
+        What was left out.
+    """
+    start, left_out = time.monotonic(), []
+    per_weight: dict[str, float] = {}  # by kind of measurement
+    for number, job in enumerate(jobs):
+        left = max_seconds - (time.monotonic() - start)
+        if left <= ROUNDS_AT_LEAST * per_weight.get(job.kind, 0.0) * job.weight:
+            left_out.append(job.stage)
+            continue
+        share = left * job.weight / sum(later.weight for later in jobs[number:])
+        begun, rounds = time.monotonic(), 1
+
+        def progress(done: int, total: int, stage: str = job.stage) -> None:
+            nonlocal rounds
+            rounds = max(rounds, done)
+            notify(stage, done, total)
+
+        job.run(share, progress)
+        if job.kind == "break-even":  # keeps to its share by itself
+            continue
+        took = (time.monotonic() - begun) / (rounds + 1) / job.weight
+        per_weight[job.kind] = max(per_weight.get(job.kind, 0.0), took)
+    return left_out
+
+
+def _measure_operator(
+    found: list[Measured], grid: tuple[int, int], config: Any, repeats: int, seconds: float, progress: Any
+) -> None:
+    from ..measure.benchmark import measure_operator
+
+    found += measure_operator(
+        grid, config, repeats=repeats, max_seconds=seconds / 2, min_repeats=1, progress=progress
+    )  # fmt: skip
+
+
+def _measure_model(
+    found: list[Measured], dense: Any, config: Any, size: tuple[int, int], settings: dict[str, Any], seconds: float,
+    progress: Any,
+) -> None:  # fmt: skip
+    from ..measure.benchmark import measure_model
+
+    found.append(
+        measure_model(
+            dense, {"sparse": config}, size, **settings, max_seconds=seconds, min_repeats=1, progress=progress
+        )
+    )
+
+
+def _measure_break_even(
+    pays: dict[str, BreakEven | None], name: str, dense: Any, config: Any, dtype: Any, max_tokens: int, seconds: float,
+    progress: Any,
+) -> None:  # fmt: skip
+    from ..convert import sparsify
+    from ..measure.crossover import break_even
+
+    pays[name] = break_even(
+        sparsify(dense, config).to(dtype), max_tokens=max_tokens, max_seconds=seconds, progress=progress
+    )
 
 
 def print_measured(found: list[Measured], console: Console) -> None:

@@ -71,6 +71,7 @@ def measure_operator(
     num_prefix_tokens: int = 1,
     repeats: int = 9,
     max_seconds: float = math.inf,
+    min_repeats: int = 3,
     progress: Progress | None = None,
 ) -> list[Measured]:
     """One attention layer without its projections, on random q, k, v laid out as the packed projection leaves them.
@@ -86,14 +87,17 @@ def measure_operator(
         batch: images.
         num_prefix_tokens: class and register tokens.
         repeats: interleaved rounds.
-        max_seconds: no further round of a dtype is started after so long.
+        max_seconds: no further round of a dtype is started after so long...
+        min_repeats: ...but so many are run in any case.
         progress: called with the rounds timed and their number.
     """
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         work = _operator_work(grid, config, dtype, heads, head_dim, batch, num_prefix_tokens)
         with torch.inference_mode():
-            seconds = interleave_all(work, repeats=repeats, warmup=1, max_seconds=max_seconds, progress=progress)
+            seconds = interleave_all(
+                work, repeats=repeats, warmup=1, max_seconds=max_seconds, min_repeats=min_repeats, progress=progress
+            )
         name = str(dtype).removeprefix("torch.")
         tokens = num_prefix_tokens + grid[0] * grid[1]
         settings = {
@@ -160,6 +164,7 @@ def measure_model(
     compiled: bool = False,
     repeats: int = 5,
     max_seconds: float = math.inf,
+    min_repeats: int = 3,
     progress: Progress | None = None,
 ) -> Measured:
     """A whole model, dense and sparse in one or more ways, on a random image.
@@ -174,7 +179,8 @@ def measure_model(
         compiled: whether to measure all of them under ``torch.compile`` and compiled ahead of time as well; that
             compiles for minutes.
         repeats: interleaved rounds.
-        max_seconds: no further round is started after so long.
+        max_seconds: no further round is started after so long...
+        min_repeats: ...but so many are run in any case.
         progress: called with the rounds timed and their number.
     """
     dense = copy_model(dense).eval().to(dtype)
@@ -191,7 +197,9 @@ def measure_model(
 
     with torch.inference_mode():
         work = {name: run(model) for name, model in models.items()}
-        seconds = interleave_all(work, repeats=repeats, warmup=1, max_seconds=max_seconds, progress=progress)
+        seconds = interleave_all(
+            work, repeats=repeats, warmup=1, max_seconds=max_seconds, min_repeats=min_repeats, progress=progress
+        )
     name = str(dtype).removeprefix("torch.")
     settings = {
         "model": title,

@@ -18,6 +18,35 @@ _TIE = 0.03  # medians closer than this are called equal
 
 
 @dataclass(frozen=True)
+class Fast:
+    """The same model in the fastest form that needs no search, beside the dense float32 model.
+
+    Args:
+        name: in words: precision, tiles, compilation.
+        runtime: of the model, as plain values.
+        config: settings of its sparse attention.
+        fidelity: of the final features, over all images.
+        latency: interleaved with dense float32 runs, None if not measured.
+    """
+
+    name: str
+    runtime: dict[str, Any]
+    config: dict[str, Any]
+    fidelity: Fidelity
+    latency: Timings | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "name": self.name,
+            "runtime": self.runtime,
+            "config": self.config,
+            "fidelity": self.fidelity.to_dict(),
+            "latency": None if self.latency is None else self.latency.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
 class Case:
     """One image size and one keep rate.
 
@@ -35,6 +64,7 @@ class Case:
         memory_sparse: likewise.
         break_even: of one attention layer at this keep rate, None if not measured.
         pictures: file names.
+        fast: the fast form of the same model, None where there is none.
     """
 
     image_size: tuple[int, int]
@@ -50,6 +80,7 @@ class Case:
     memory_sparse: PeakMemory | None = None
     break_even: BreakEven | None = None
     pictures: list[str] = field(default_factory=list)
+    fast: Fast | None = None
 
     @property
     def size_label(self) -> str:
@@ -89,6 +120,16 @@ class Case:
             return f"{where} about as fast as the dense one on this machine: {times}.{self._pays_from()}"
         return f"{where} SLOWER than the dense one on this machine: {times}.{self._pays_from()}"
 
+    @property
+    def fast_verdict(self) -> str:
+        """A sentence about the fast form; empty where it was not timed."""
+        if self.fast is None or self.fast.latency is None:
+            return ""
+        return (
+            f"At {self.size_label} its fast form ({self.fast.name}) is {self.fast.latency.speedup:.2f}x as fast as the "
+            f"dense float32 model, at a mean cosine of {self.fast.fidelity.mean('patch_cosine'):.4f}."
+        )
+
     def _pays_from(self) -> str:
         found = self.break_even
         if found is None:
@@ -111,7 +152,7 @@ class Case:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        optional = ("latency", "memory_dense", "memory_sparse", "break_even")
+        optional = ("latency", "memory_dense", "memory_sparse", "break_even", "fast")
         return {
             "image_size": list(self.image_size),
             "grid": list(self.grid),

@@ -6,11 +6,12 @@ import base64
 import io
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .._utils.files import check_writable, make_folder, write_together
 from ..measure.crossover import BreakEven
 from .contents import Report, seconds
-from .rows import layer_rows, macs, macs_share, table_rows
+from .rows import fast_of, layer_rows, macs, macs_share, table_rows
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
@@ -37,22 +38,35 @@ def write_report(report: Report, folder: str | Path) -> list[Path]:
 
 def render_html(report: Report) -> str:
     """The page."""
-    import jinja2
-
-    source = (resources.files("sparsifiner.report") / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(source).render(
+    return render_page(
+        "report.html.jinja",
         report=report,
         table_rows=table_rows,
+        fast_of=fast_of,
         layer_rows=layer_rows,
         shares=macs_share,
         macs=macs,
         seconds=seconds,
         picture=lambda name: _embed(report.pictures[name]),
-        chart=lambda found: _embed_png(draw_break_even(found)),
+        chart=lambda found: embed_png(draw_break_even(found)),
     )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """The page of a template in this folder; templates extend ``page.html.jinja``, whose style they share."""
+    import jinja2
+
+    def source(name: str) -> str:
+        return (resources.files("sparsifiner.report") / name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def draw_break_even(found: BreakEven, *, dpi: int = 110) -> bytes:
@@ -101,5 +115,6 @@ def _embed(png: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def _embed_png(png: bytes) -> str:
+def embed_png(png: bytes) -> str:
+    """A drawing as a data address."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -5,25 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..measure.flops import FlopReport
-from .contents import Case, seconds
+from .contents import Case, Fast, seconds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: its group, its name, the dense cell, and a cell per case; a cell's second part is its ratio."""
+    """One line: its group, its name, the dense cell, a cell per case, whose second part is its ratio, and the cell of
+    the only case's fast form."""
 
     group: str
     name: str
     dense: str
     sparse: list[tuple[str, str]]
+    fast: str = ""
 
 
 def table_rows(cases: list[Case]) -> list[Row]:
     """The lines for the cases of one image size."""
     rows: list[Row] = []
+    fast = fast_of(cases)
 
-    def add(group: str, name: str, dense: str, sparse: list[tuple[str, str]]) -> None:
-        rows.append(Row(group, name, dense, sparse))
+    def add(group: str, name: str, dense: str, sparse: list[tuple[str, str]], quick: str = "") -> None:
+        rows.append(Row(group, name, dense, sparse, quick))
 
     for term, name in (("patch", "patches"), ("class", "class token")):
         if cases[0].fidelity.mean(f"{term}_cosine") is None:
@@ -34,7 +37,8 @@ def table_rows(cases: list[Case]) -> list[Row]:
                 (f"{case.fidelity.mean(f'{term}_{kind}'):.4f}", f"worst {case.fidelity.worst(f'{term}_{kind}'):.4f}")
                 for case in cases
             ]
-            add("Final features, sparse to dense", f"{name}, {words}", "", cells)
+            quick = "" if fast is None else f"{fast.fidelity.mean(f'{term}_{kind}'):.4f}"
+            add("Final features, sparse to dense", f"{name}, {words}", "", cells, quick)
     dense = cases[0].flops_dense
     flops = (
         ("projections (qkv, out)", lambda f: f.projection_macs),
@@ -56,9 +60,12 @@ def table_rows(cases: list[Case]) -> list[Row]:
             for case in cases
             if case.latency is not None
         ]
-        add("Latency, batch 1", "median, interleaved", seconds(medians[len(medians) // 2]), cells)
+        timed = None if fast is None else fast.latency
+        quick = "" if timed is None else seconds(timed.sparse_median)
+        add("Latency, batch 1", "median, interleaved", seconds(medians[len(medians) // 2]), cells, quick)
         faster = [(f"{case.latency.speedup:.2f}x", "") for case in cases if case.latency is not None]
-        add("Latency, batch 1", "speed-up over dense", "1.00x", faster)
+        quick = "" if timed is None else f"{timed.speedup:.2f}x"
+        add("Latency, batch 1", "speed-up over dense", "1.00x", faster, quick)
     memory = cases[0].memory_dense
     if memory is not None or any(case.memory_sparse is not None for case in cases):
         cells = []
@@ -72,6 +79,11 @@ def table_rows(cases: list[Case]) -> list[Row]:
         add("Peak memory", "forward pass", "not measured" if memory is None else size(memory.forward_bytes), cells)
     add("Query-key pairs kept", "density per layer", "100 %", [(density_text(case), "") for case in cases])
     return rows
+
+
+def fast_of(cases: list[Case]) -> Fast | None:
+    """The fast form that the table of these cases has a column for: the only case's."""
+    return cases[0].fast if len(cases) == 1 else None
 
 
 def density_text(case: Case) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,10 +25,15 @@ from ..measure.flops import FlopReport, count_flops
 from ..measure.latency import compare_latency
 from ..measure.memory import PeakMemory, measure_memory
 from ..models import load_model
-from .contents import Case, Report
+from ..runtime import prepare
+from .contents import Case, Fast, Report
+from .fast import fast_preset
 from .machine import this_machine
 from .maps import attention_maps
 from .pictures import draw_maps
+
+TWICE_THE_SIDE = 4.0
+"""Time at twice the side of the image by the time at the side itself, for a decision to start."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Settings:
         max_tokens: bound of the break-even search.
         memory: whether to measure memory.
         pictures: how many images get a picture.
+        fast: whether to measure the fast form of a float32 model on the CPU, where there is one keep rate.
+        second_size: where no size is given and the model is no folder, measure twice its own as well, without pictures
+            and memory, if that is expected to be done after so many seconds of the whole report; None for no second.
     """
 
     model: str = "builtin"
@@ -59,6 +68,8 @@ class Settings:
     max_tokens: int = 16384
     memory: bool = True
     pictures: int = 4
+    fast: bool = False
+    second_size: float | None = None
 
 
 @dataclass
@@ -82,6 +93,7 @@ def run_report(settings: Settings, photos: Photos, progress: Progress | None = N
     """
     notify = progress or (lambda stage, done, total: None)
     found = _Collected([], [], {}, {})
+    start = time.monotonic()
     notify("loading the model", 0, 1)
     sizes: list[tuple[int, int] | None] = list(dict.fromkeys(settings.image_sizes)) or [None]
     dense, sparse = _load_pair(settings, sizes[0])
@@ -91,6 +103,8 @@ def run_report(settings: Settings, photos: Photos, progress: Progress | None = N
             dense, sparse = _load_pair(settings, size)
         notify("loading the model", 1, 1)
         _measure_size(settings, photos, dense, sparse, size or _own_size(dense), found, notify)
+    if not settings.image_sizes and settings.second_size is not None and not os.path.isdir(settings.model):
+        _measure_second(settings, photos, dense, found, notify, start)
     found.notes += _notes(settings, photos, sparse)
     parameters = sum(parameter.numel() for parameter in dense.parameters())
     return Report(
@@ -107,6 +121,58 @@ def run_report(settings: Settings, photos: Photos, progress: Progress | None = N
         notes=list(dict.fromkeys(found.notes)),
         pictures=found.pictures,
     )
+
+
+def _measure_second(
+    settings: Settings, photos: Photos, dense: nn.Module, found: _Collected, notify: Progress, start: float
+) -> None:
+    """Twice the model's own size, if there is time and the model takes it; a note says if not."""
+    assert settings.second_size is not None
+    rows, columns = _own_size(dense)
+    size, passed = (2 * rows, 2 * columns), time.monotonic() - start
+    if passed * (1 + TWICE_THE_SIDE) > settings.second_size:
+        found.notes.append(
+            f"{size[0]} px were left out: the first size took {passed:.0f} s, and this one would take about "
+            f"{TWICE_THE_SIDE * passed:.0f} s; ask for it with --img-size {rows},{size[0]}."
+        )
+        return
+    smaller = replace(settings, pictures=0, memory=False, repeats=min(settings.repeats, 3))
+    try:
+        dense, sparse = _load_pair(settings, size)
+        _check_sizes(dense, sparse, (size,))
+    except SparsifinerError as error:
+        found.notes.append(f"{size[0]} px were left out: {error}.")
+        return
+    _measure_size(smaller, photos, dense, sparse, size, found, notify)
+
+
+def _measure_fast(
+    settings: Settings, dense: nn.Module, sparse: nn.Module, images: Callable[[], Iterator[Tensor]], names: list[str],
+    found: _Collected, notify: Progress, stage: str,
+) -> Fast | None:  # fmt: skip
+    """The fast form beside the dense float32 model; None where there is none, and a note says why."""
+    layer = next(iter(sparse_layers(sparse).values()))
+    preset = fast_preset(layer.config, layer.grid.shape)
+    if isinstance(preset, str):
+        found.notes.append(f"No fast form was measured: {preset}.")
+        return None
+    config, runtime = preset
+    tile = "x".join(str(side) for side in config.query_tile)
+    name = f"{runtime}, {tile} tiles"
+    x = next(images())
+    notify(f"{stage}: fast form", 0, 1)
+    try:
+        ready = prepare(sparsify(densify(sparse), config), runtime)
+        ready.compile_for(x)
+    except SparsifinerError as error:
+        found.notes.append(f"No fast form was measured: {error}.")
+        return None
+    fidelity = measure_fidelity(dense, ready, images(), names)
+    latency = None
+    if settings.repeats:
+        latency = compare_latency(dense, ready, x, repeats=settings.repeats, max_seconds=settings.max_seconds)
+    notify(f"{stage}: fast form", 1, 1)
+    return Fast(name, runtime.to_dict(), config.to_dict(), fidelity, latency)
 
 
 def _measure_size(
@@ -163,6 +229,11 @@ def _measure_size(
         pictures = []
         if any(layer.sparse for layer in flops_sparse.layers):
             pictures = _draw(settings, photos, dense, sparse, transform, stage, found, notify)
+        fast = None
+        if settings.fast and len(rates) == 1 and any(layer.sparse for layer in flops_sparse.layers):
+            fast = _measure_fast(
+                settings, dense, sparse, lambda: map(image, range(len(photos.photos))), names, found, notify, stage
+            )  # fmt: skip
         layer = next(iter(sparse_layers(sparse).values()))
         found.cases.append(
             Case(
@@ -179,6 +250,7 @@ def _measure_size(
                 memory_sparse=memory_sparse,
                 break_even=found.break_even.get(rate),
                 pictures=pictures,
+                fast=fast,
             )
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .contents import Case, Report
-from .rows import table_rows
+from .rows import fast_of, table_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console) -> None:
             console.print(_table(cases[start : start + CASES_PER_TABLE]))
     console.print()
     for case in report.cases:
-        console.print(Text(case.verdict, style="bold"))
+        console.print(Text(" ".join(filter(None, [case.verdict, case.fast_verdict])), style="bold"))
     for note in [*report.converted[1:], *report.notes]:
         console.print(Text(f"Note: {note}"))
 
@@ -57,6 +57,8 @@ def _table(cases: list[Case]) -> Table:
         table.add_column(label, justify="right", no_wrap=True)
         if len(cases) == 1:
             table.add_column("sparse / dense", justify="right", no_wrap=True)
+    if fast_of(cases) is not None:
+        table.add_column("fast", justify="right", no_wrap=True)
     group = ""
     for row in table_rows(cases):
         if row.group != group:
@@ -66,7 +68,8 @@ def _table(cases: list[Case]) -> Table:
             table.add_row(f"[bold]{group}[/bold]")
         if len(cases) == 1:
             value, of = row.sparse[0]
-            table.add_row(f"  {row.name}", row.dense, value, of)
+            quick = [] if fast_of(cases) is None else [row.fast]
+            table.add_row(f"  {row.name}", row.dense, value, of, *quick)
         else:
             worst = " (worst)" if any(of.startswith("worst") for _, of in row.sparse) else ""
             table.add_row(f"  {row.name}{worst}", row.dense, *(_cell(value, of) for value, of in row.sparse))
