@@ -72,7 +72,7 @@ def pictures(count=6, side=96):
 class LayersTakeTime:
     """Attention of known cost: linear in the keep rate, cheaper in larger tiles."""
 
-    num_layers = 4
+    num_layers, num_tokens = 4, 1025
 
     def known(self, config, dtype):
         return True
@@ -264,6 +264,14 @@ def test_a_whole_search(quick, tmp_path, monkeypatch):
     again = sparsifiner.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.allclose(again.forward_features(x[:1]), tuned.model.forward_features(x[:1]), atol=1e-5)
+    for side in (96, 40):  # smaller than it was tuned for: dense, whatever the tiles
+        dense = vit(dynamic_img_size=True)
+        dense.load_state_dict(model.state_dict())
+        config = tuned.settings.config or SparsifinerConfig(mode="auto", dense_below=145, query_tile=(4, 4))
+        sparse = sparsifiner.sparsify(dense, config)
+        with torch.no_grad():
+            same = torch.equal(sparse(pictures(1, side)), dense(pictures(1, side)))
+        assert same == (side == 40)
     settings = load_yaml((tmp_path / "tuned.yaml").read_text())
     assert Candidate.from_dict(settings) == tuned.settings
 

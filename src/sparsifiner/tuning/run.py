@@ -33,6 +33,7 @@ from .result import Tuned, TuningReport
 from .search import Search
 from .space import CHOICES, PRECISIONS, Candidate, usable
 from .trials import JOURNAL, Trial, Trials
+from .verdict import verdict
 
 DENSE = Candidate(None, Runtime())
 MOST_IMAGES = 8
@@ -416,28 +417,8 @@ class Run:
 
     def _verdict(self, best: WholeModel) -> list[str]:
         size = f"{self.judging.x.shape[2]}x{self.judging.x.shape[3]} px, batch {self.batch}"
-        where = f"At {size}, within {self.bound},"
-        if best.candidate == DENSE:
-            lines = [f"{where} nothing is faster than the dense model as it was given."]
-            return lines + self._pays_from()
-        assert best.fidelity is not None
-        lines = [
-            f"{where} {best.candidate} runs {best.speedup:.2f}x as fast as dense float32 (mean cosine "
-            f"{best.fidelity.mean('patch_cosine'):.4f}, worst image {best.fidelity.worst('patch_cosine'):.4f})."
-        ]
-        like = self._like(best)
-        if best.candidate.config is None:
-            lines.append("That is all precision and compilation: no sparse model was faster within the bound.")
-            return lines + self._pays_from()
-        if like is not None:
-            lines.append(
-                f"Precision and compilation alone give {like.speedup:.2f}x; sparse attention gives the other "
-                f"{best.speedup / like.speedup:.2f}x."
-            )
-        for rival in self.models:
-            if rival.rival:
-                lines.append(f"{rival.name} gives {rival.speedup:.2f}x on the same images.")
-        return lines
+        sentences = verdict(f"At {size}, within {self.bound},", best, self._like(best), self.models)
+        return sentences if best.candidate.config is not None else sentences + self._pays_from()
 
     def _pays_from(self) -> list[str]:
         if self.clock.remaining < 5 or self.interrupted:

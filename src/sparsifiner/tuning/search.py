@@ -81,7 +81,8 @@ class Search:
         """The model that ``values`` describe."""
         rate = float(values["keep_rate"])
         spread = self.rates.of(rate) if values["layers"] == "by sensitivity" else rate
-        config = structure(CHOICES, values).replace(keep_rate=spread)
+        # Smaller images than those it is tuned for run dense: there tiles may not fit, and sparsity gains little.
+        config = structure(CHOICES, values).replace(keep_rate=spread, mode="auto", dense_below=self.times.num_tokens)
         runtime = self.probes[values["precision"]].runtime
         if runtime.activations == "bfloat16":  # q, k and v are already
             config = config.replace(attention_dtype="model")
