@@ -26,6 +26,7 @@ from torch import nn
 import sparsifiner
 from sparsifiner import SparsifinerConfig
 from sparsifiner._utils.files import write_atomically
+from sparsifiner._utils.processor import processor_name
 from sparsifiner.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -134,7 +135,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.speed:
-        results: Any = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": speed()}
+        results: Any = {"cpu": processor_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        results["rows"] = speed()
     else:
         results = {}
         for name, (model, run) in families().items():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import SparsifinerError
     from .geometry.conv_grid import GridSource
     from .geometry.tiling import Tiling
+    from .hub import push_to_hub
     from .measure.flops import count_flops
     from .ops import sparse_attention
     from .ops.connectivity import Connectivity
@@ -50,6 +51,7 @@ __all__ = [
     "models",
     "prepare",
     "prune_tokens",
+    "push_to_hub",
     "record",
     "register_adapter",
     "register_attention",
@@ -80,6 +82,7 @@ _HOMES = {
     "kept_patches": "reduction.pruning",
     "prepare": "runtime",
     "prune_tokens": "reduction.pruning",
+    "push_to_hub": "hub",
     "record": "recording",
     "register_adapter": "attention.adapters",
     "register_attention": "attention.adapters",

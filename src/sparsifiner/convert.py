@@ -16,6 +16,7 @@ from ._utils.copying import copy_model
 from ._utils.messages import shown
 from .attention.adapters import Refusal, find_adapter
 from .attention.layer import SparseAttention
+from .attention.markers import mark, unmark
 from .attention.policy import Policy, check_fit
 from .config import SparsifinerConfig
 from .errors import SparsifinerError
@@ -55,11 +56,13 @@ class Conversion:
         swapped: layers that became sparse.
         stayed: modules that stayed dense, and why.
         notes: what no longer works as it did, such as hooks of modules that a sparse layer does not run.
+        grid: path of the convolution and number of prefix tokens that the caller named, or None.
     """
 
     swapped: list[Swapped] = field(default_factory=list)
     stayed: list[StayedDense] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    grid: tuple[str, int] | None = None
 
     def __str__(self) -> str:
         classes = ", ".join(sorted({item.dense_class for item in self.swapped}))
@@ -146,11 +149,11 @@ def sparsify(
     for owner, followed in grids.items():
         blocks = [_block_of(model, path) for layer in found if layer.owner == owner for path in layer.paths]
         followed.attach(_owner_of(model, owner), [model.get_submodule(block) for block in blocks if block != owner])
-    for kind in dict.fromkeys(type(layer) for layer in layers):
-        kind.converted(model)
+    mark(model)
     swapped = [Swapped(path, layer.dense_class) for layer in found for path in layer.paths]
     notes = [f"{layer.paths[0]}.{name}: {why}" for layer in found for name, why in layer.unused_hooks.items()]
-    vars(model)["_sparsifiner_conversion"] = Conversion(swapped, stayed, notes)
+    named = None if grid is None else (grid.conv, grids[""].num_prefix_tokens)
+    vars(model)["_sparsifiner_conversion"] = Conversion(swapped, stayed, notes, named)
     costly = Counter((item.dense_class, item.reason) for item in stayed if item.costly)
     for (dense_class, reason), count in costly.items():
         warnings.warn(f"{count} {dense_class} left dense: {reason}", stacklevel=2)
@@ -196,8 +199,7 @@ def densify(model: M, *, inplace: bool = False) -> M:
             parent, _, child = name.rpartition(".")
             vars(model.get_submodule(parent))["_modules"].pop(child, None)
         vars(layer).pop("grid", None)
-    for kind in dict.fromkeys(type(layer) for _, layer in layers):
-        kind.restored(model)
+    unmark(model)
     del layer, layers
     drop_unused_grids(model)
     for module in model.modules():
@@ -266,8 +268,7 @@ def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     ]
     for layer, config in zip(layers.values(), configs, strict=True):
         layer.configure(config)
-    for kind in dict.fromkeys(type(layer) for layer in layers.values()):
-        kind.converted(model)
+    mark(model)
 
 
 @dataclass(frozen=True)

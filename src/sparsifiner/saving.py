@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import replace
@@ -23,13 +24,17 @@ from ._utils.messages import one_line
 from ._utils.reading import read_json
 from ._utils.trust import check_architecture, check_model_args, create_model
 from .attention.layer import SparseAttention
+from .attention.markers import TIMM_KEY
 from .config import SparsifinerConfig
-from .convert import find_sparse_layers, sparse_layers, sparsify_as_saved
+from .convert import conversion, find_sparse_layers, sparse_layers, sparsify, sparsify_as_saved
 from .errors import SparsifinerError
+from .geometry.conv_grid import GridSource
 from .geometry.patch_grid import check_image_size
+from .hub import fetch, is_hub_name
 from .reduction import apply_baseline, baseline_parameters, baseline_settings
 from .reduction.pruning import TokenPruning, is_pruned, prune_tokens, token_pruning
 from .runtime import ReadyModel, Runtime, prepare
+from .saved_by_others import is_of_transformers, load_from_others
 
 CONFIG_NAME = "sparsifiner.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -49,7 +54,9 @@ _DROPOUT = ("drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate")
 """Rates that timm leaves out of what it records; without them a saved model would learn on unregularised."""
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
+def save_pretrained(
+    model: nn.Module, folder: str | Path, *, model_args: dict[str, Any] | None = None, rebuild: bool = True
+) -> None:
     """Write a converted model to ``folder``: its settings as JSON, its weights as safetensors.
 
     A model of transformers is written as its own ``save_pretrained`` does, with the settings in ``config.json``.
@@ -66,6 +73,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         folder: made if needed.
         model_args: arguments of ``timm.create_model`` besides those timm has recorded in the model, or in their
             place: names of layers given as classes, which JSON cannot hold.
+        rebuild: False for sparse models that neither timm nor transformers made: the folder holds all weights and the
+            settings of the sparse layers, and ``from_pretrained(folder, model=...)`` is given the dense model.
 
     Raises:
         ValueError: if the model is not converted, not a timm model, of several dtypes, or the arguments do not
@@ -75,7 +84,12 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     runtime = model.runtime if isinstance(model, ReadyModel) else None
     model = model.source if isinstance(model, ReadyModel) else model
     layers, pruning, baseline = converted = _conversions(model)
-    if runtime is None and any(converted) and _is_hugging_face(model):
+    if not rebuild:
+        if not layers or runtime is not None or pruning is not None or baseline is not None:
+            raise SparsifinerError("rebuild=False is for models with sparse layers, not pruned and without a runtime")
+        _write(folder, _description_of_any(model, layers), _cpu_state(model))
+        return
+    if runtime is None and any(converted) and is_of_transformers(model):
         if model_args:
             raise SparsifinerError("model_args are for timm's models; this one has a configuration of its own")
         model.save_pretrained(folder)  # type: ignore[operator]
@@ -87,7 +101,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     architecture = _architecture(model)
     arguments = _model_args(model, model_args)
     dtype = _dtype(model)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = _cpu_state(model)
     _check_rebuilds(model, architecture, arguments)
     settings: dict[str, Any] = {
         "format": FORMAT,
@@ -109,6 +123,10 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
         state = {
             name: tensor for name, tensor in state.items() if name not in base or not torch.equal(tensor, base[name])
         }
+    _write(folder, settings, state)
+
+
+def _write(folder: str | Path, settings: dict[str, Any], state: dict[str, Tensor]) -> None:
     settings["weights_fingerprint"] = state_digest(state)
     folder = Path(folder)
     make_folder(folder)
@@ -120,22 +138,53 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, model_args: dict[st
     )
 
 
+def _cpu_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _description_of_any(model: nn.Module, layers: list[SparseAttention]) -> dict[str, Any]:
+    """Settings of a model that has to be built by its user again."""
+    given = conversion(model).grid
+    return {
+        "format": FORMAT,
+        "architecture": f"{type(model).__module__}.{type(model).__qualname__}",
+        "model_args": {},
+        "dtype": str(_dtype(model)).removeprefix("torch."),
+        "config": _common_config([layer.config for layer in layers]).to_dict(),
+        "given": {
+            "grid": None if given is None else given[0],
+            "num_prefix_tokens": None if given is None else given[1],
+        },
+        "basis_grid": _basis_grid(layers[0]),
+        "dense_fingerprint": None,
+        "weights_fingerprint": None,
+    }
+
+
 def is_converted(model: nn.Module) -> bool:
     """True for a model that is sparse, pruned, or converted by a baseline."""
     return any(_conversions(model))
 
 
 def from_pretrained(
-    folder: str | Path, *, img_size: tuple[int, int] | None = None, trust_remote: bool = False, ready: bool = True
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    revision: str | None = None,
+    img_size: tuple[int, int] | None = None,
+    trust_remote: bool = False,
+    ready: bool = True,
 ) -> nn.Module:
-    """Load what :func:`save_pretrained` wrote.
+    """Load what :func:`save_pretrained` wrote, or what transformers or timm saved of a sparse model.
 
     A folder may come from anybody: its JSON can name an architecture of timm and settings, nothing else. Weights are
     read from its safetensors file alone, besides those timm itself has for the architecture where the folder holds
     only what differs from them.
 
     Args:
-        folder: the folder.
+        folder: the folder, or ``"user/name"`` of the Hugging Face Hub.
+        model: the dense model that a save with ``rebuild=False`` started from, with any weights; it is copied.
+        revision: branch, tag or commit on the Hub.
         img_size: height and width in pixels to build the model for, if not the saved size.
         trust_remote: let the folder's JSON name other sources: ``hf-hub:`` models, ``checkpoint_path``,
             ``pretrained_cfg`` and whatever else ``timm.create_model`` follows. Pickles that hold more than tensors
@@ -147,19 +196,29 @@ def from_pretrained(
         ValueError: if files are missing, corrupt, foreign or of two different saves, if one leads out of the folder,
             or the pretrained weights a delta refers to are not the ones it was made from.
     """
+    if is_hub_name(folder):
+        folder = fetch(str(folder), revision)
+    elif revision is not None:
+        raise SparsifinerError(f"revision is for names on the Hugging Face Hub, and {folder} is a folder")
     folder = Path(folder)
     if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).exists():
-        return _from_hugging_face(folder, img_size)
+        return load_from_others(folder, img_size, trust_remote)
     settings = _read_settings(folder)
+    given = settings.get("given")
+    if (given is None) != (model is None):
+        raise SparsifinerError(
+            f"{folder} tells how to build its model; leave model out"
+            if given is None
+            else f"{folder} holds a {settings['architecture']}, which is not built from a name; build the dense model "
+            f"and pass it: from_pretrained(folder, model=...)"
+        )
+    if model is not None:
+        return _load_given(copy.deepcopy(model), settings, _read_weights(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     if not trust_remote:
         check_architecture(settings["architecture"], folder / CONFIG_NAME)
         check_model_args(settings["model_args"], folder / CONFIG_NAME)
     weights = _read_weights(folder / WEIGHTS_NAME)
-    if settings.get("weights_fingerprint") not in (None, state_digest(weights)):
-        raise SparsifinerError(
-            f"{folder / WEIGHTS_NAME} does not belong to the {CONFIG_NAME} beside it: a save was interrupted, or one "
-            f"file was changed alone; save the model again"
-        )
+    _check_fingerprint(settings, weights, folder / WEIGHTS_NAME)
     delta = settings["dense_fingerprint"] is not None
     dtype = getattr(torch, settings["dtype"])
     try:
@@ -213,40 +272,32 @@ def _convert(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> 
     return model
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
-    """True for a model of transformers, whose configuration holds the settings."""
-    return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "sparsifiner")
-
-
-def _from_hugging_face(folder: Path, img_size: tuple[int, int] | None) -> nn.Module:
-    """A model of transformers, of the class that its ``config.json`` names; no code of the folder runs."""
-    try:
-        settings = read_json(folder / "config.json")
-    except (OSError, ValueError) as error:
-        raise SparsifinerError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from error
-    names = settings.get("architectures") if isinstance(settings, dict) else None
-    if not isinstance(names, list) or len(names) != 1 or "sparsifiner" not in settings:
+def _check_fingerprint(settings: dict[str, Any], weights: dict[str, Tensor], path: Path) -> None:
+    if settings.get("weights_fingerprint") not in (None, state_digest(weights)):
         raise SparsifinerError(
-            f"{folder} holds no saved sparse model: its config.json has no settings of sparsifiner, and {CONFIG_NAME} "
-            f"is missing"
+            f"{path} does not belong to the {CONFIG_NAME} beside it: a save was interrupted, or one file was changed "
+            f"alone; save the model again"
         )
-    if img_size is not None:
-        raise SparsifinerError("img_size is for timm's models; those of transformers take what the images have")
-    try:
-        import transformers
-    except ImportError as error:
+
+
+def _load_given(model: nn.Module, settings: dict[str, Any], weights: dict[str, Tensor], path: Path) -> nn.Module:
+    """A dense model made sparse as saved, with the saved weights."""
+    _check_fingerprint(settings, weights, path)
+    conv, tokens = (settings["given"].get(name) for name in ("grid", "num_prefix_tokens"))
+    source = {} if conv is None else dict(grid=GridSource(conv), num_prefix_tokens=tokens)
+    dtype, config = getattr(torch, settings["dtype"]), SparsifinerConfig.from_dict(settings["config"])
+    sparse = sparsify(model.to(dtype), config, **source, inplace=True).to(dtype)
+    if settings["basis_grid"] is not None:
+        for layer in sparse_layers(sparse).values():
+            layer.reset_predictor(tuple(settings["basis_grid"]))
+    result = _load_state_dict(sparse, weights, path)
+    differing = [*result.unexpected_keys, *result.missing_keys]
+    if differing:
         raise SparsifinerError(
-            f"{folder} holds a model of transformers; pip install 'sparsifiner[transformers]'"
-        ) from error
-    kind = getattr(transformers, str(names[0]), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise SparsifinerError(f"{folder / 'config.json'} names {names[0]!r}, which transformers does not have")
-    try:
-        return kind.from_pretrained(folder, use_safetensors=True).eval()
-    except SparsifinerError as error:
-        raise SparsifinerError(f"{folder / 'config.json'}: {error}") from error
-    except Exception as error:  # as many kinds as the library has ways to fail
-        raise SparsifinerError(f"transformers cannot load {folder}: {one_line(error)}") from error
+            f"{path} does not fit the given {type(model).__name__}: {len(result.unexpected_keys)} unexpected and "
+            f"{len(result.missing_keys)} missing tensors, such as {differing[0]}"
+        )
+    return sparse.eval()
 
 
 def _set_input_size(model: Any, img_size: tuple[int, int]) -> None:
@@ -262,7 +313,7 @@ def _architecture(model: nn.Module) -> str:
     if not name:
         raise SparsifinerError(
             f"{type(model).__name__} was not made by timm.create_model, so it cannot be rebuilt from a name; "
-            f"save the sparse backbone alone, or use state_dict()"
+            f"save the sparse backbone alone, or with rebuild=False and load with from_pretrained(folder, model=...)"
         )
     tag = pretrained_cfg.get("tag")
     return f"{name}.{tag}" if tag else name
@@ -275,6 +326,7 @@ def _model_args(model: Any, given: dict[str, Any] | None) -> dict[str, Any]:
     recorded = getattr(model, "_model_args", {})
     rates = {name: recorded[name] for name in _DROPOUT if name in recorded}
     arguments = get_model_args(model, {**rates, **(given or {})})
+    arguments.pop(TIMM_KEY, None)
     blocks = getattr(model, "blocks", None)
     if blocks is not None:
         arguments["depth"] = len(blocks)

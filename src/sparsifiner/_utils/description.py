@@ -71,6 +71,13 @@ def _named(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
+def _given(value: object) -> bool:
+    if not isinstance(value, Mapping) or set(value) != {"grid", "num_prefix_tokens"}:
+        return False
+    grid, tokens = value["grid"], value["num_prefix_tokens"]
+    return (grid is None or _text(grid)) and (tokens is None or (_integer(tokens) and tokens >= 0))
+
+
 def _optional(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or fits(value)
 
@@ -99,6 +106,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
     "token_pruning": (_optional(_named), "named settings or null", False),
     "baseline": (_optional(_named), "named settings or null", False),
     "runtime": (_optional(_named), "named settings or null", False),
+    "given": (_given, "a path and a number, or nulls", False),
     "basis_grid": (_optional(_several(_positive(_integer), 2)), f"rows and columns, {_SIDES}, or null", True),
     "dense_fingerprint": (_optional(_text), "a text or null", True),
     "weights_fingerprint": (_optional(_text), "a text or null", False),

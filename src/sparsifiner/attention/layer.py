@@ -72,14 +72,6 @@ class SparseAttention(nn.Module):
         """The patch grid of ``owner``; not attached yet where there was none."""
         return follow_grid(owner)
 
-    @classmethod
-    def converted(cls, model: nn.Module) -> None:
-        """Called when layers of ``model`` became sparse, or when their settings changed."""
-
-    @classmethod
-    def restored(cls, model: nn.Module) -> None:
-        """Called when all layers of ``model`` are dense again."""
-
     def __init__(self, dense: nn.Module, config: SparsifinerConfig, grid: PatchGrid) -> None:
         nn.Module.__init__(self)  # not the dense class's own, which would make new weights
         move_state(dense, self)

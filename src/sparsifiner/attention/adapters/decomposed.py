@@ -43,20 +43,6 @@ class SparseDecomposedAttention(SparsePackedAttention):
         return _WINDOWS if getattr(block, "window_size", 0) else find_conv_owner(model, name)
 
     @classmethod
-    def converted(cls, model: nn.Module) -> None:
-        if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
-            from .transformers import InterfaceAttention
-
-            InterfaceAttention.converted(model)
-
-    @classmethod
-    def restored(cls, model: nn.Module) -> None:
-        if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
-            from .transformers import InterfaceAttention
-
-            InterfaceAttention.restored(model)
-
-    @classmethod
     def check(cls, dense: Any) -> str | None:
         return why_not_equal(dense)
 

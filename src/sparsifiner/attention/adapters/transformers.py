@@ -16,11 +16,10 @@ from ...errors import SparsifinerError
 from ...geometry.conv_grid import GridSource, find_conv_owner, patch_convolutions
 from ...geometry.patch_grid import PatchGrid
 from ..layer import SparseAttention
+from ..markers import NAME, settings_of
 from ..module_state import weight_like
 from .refused import REFUSED, Refusal
 
-NAME = "sparsifiner"
-"""As ``attn_implementation``, as the name of the child module, and as the key of the settings in ``config.json``."""
 _DENSE_BEFORE = "_dense_attn_implementation"
 _CONVERTED = "_sparsifiner_converted"
 
@@ -120,40 +119,6 @@ class InterfaceAttention(SparseAttention):
         tokens = family.num_prefix_tokens(config), family.num_suffix_tokens(config)
         return GridSource(path).follow(owner, *tokens, built_by=config)
 
-    @classmethod
-    def converted(cls, model: nn.Module) -> None:
-        """Let every tower with sparse layers call :func:`sparse_attention_forward`, and say so in its configuration."""
-        copies: dict[int, Any] = {}
-        towers: dict[int, Any] = {id(m.config): m.config for m in model.modules() if NAME in m._modules}
-        if any(config._attn_implementation != NAME for config in towers.values()):
-            # Another model may have been made from the same configuration.
-            for module in model.modules():
-                own = vars(module).get("config")
-                if isinstance(own, PretrainedConfig):
-                    vars(module)["config"] = copy.deepcopy(own, copies)
-        for module in model.modules():
-            own = vars(module).get("config")
-            if isinstance(own, PretrainedConfig):
-                vars(module)[_CONVERTED] = True
-                if NAME in module._modules and own._attn_implementation != NAME:
-                    vars(module)[_DENSE_BEFORE] = own._attn_implementation
-        for module in model.modules():
-            if NAME in module._modules:
-                module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
-        mark(model)
-
-    @classmethod
-    def restored(cls, model: nn.Module) -> None:
-        for module in model.modules():
-            own = vars(module).get("config")
-            vars(module).pop(_CONVERTED, None)
-            if isinstance(own, PretrainedConfig):
-                for name in (NAME, "attn_implementation"):
-                    vars(own).pop(name, None)
-                before = vars(module).pop(_DENSE_BEFORE, None)
-                if own._attn_implementation == NAME:
-                    own._attn_implementation_internal = before or "sdpa"
-
     def __init__(self, dense: nn.Module, config: SparsifinerConfig, grid: PatchGrid) -> None:
         nn.Module.__init__(self)
         source: Any = dense
@@ -171,6 +136,41 @@ class InterfaceAttention(SparseAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> Tensor:
         """Attention of ``[B, H, N, D]`` in the order of the model's sequence."""
         return self.attend(q, k, v, attn_bias)
+
+
+def converted(model: nn.Module) -> None:
+    """Let every tower with sparse layers call :func:`sparse_attention_forward`, and say so in its configuration."""
+    copies: dict[int, Any] = {}
+    towers: dict[int, Any] = {id(m.config): m.config for m in model.modules() if NAME in m._modules}
+    if any(config._attn_implementation != NAME for config in towers.values()):
+        # Another model may have been made from the same configuration.
+        for module in model.modules():
+            own = vars(module).get("config")
+            if isinstance(own, PretrainedConfig):
+                vars(module)["config"] = copy.deepcopy(own, copies)
+    for module in model.modules():
+        own = vars(module).get("config")
+        if isinstance(own, PretrainedConfig):
+            vars(module)[_CONVERTED] = True
+            if NAME in module._modules and own._attn_implementation != NAME:
+                vars(module)[_DENSE_BEFORE] = own._attn_implementation
+    for module in model.modules():
+        if NAME in module._modules:
+            module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+    _write_settings(model)
+
+
+def restored(model: nn.Module) -> None:
+    """The inverse of :func:`converted`."""
+    for module in model.modules():
+        own = vars(module).get("config")
+        vars(module).pop(_CONVERTED, None)
+        if isinstance(own, PretrainedConfig):
+            for name in (NAME, "attn_implementation"):
+                vars(own).pop(name, None)
+            before = vars(module).pop(_DENSE_BEFORE, None)
+            if own._attn_implementation == NAME:
+                own._attn_implementation_internal = before or "sdpa"
 
 
 def sparse_attention_forward(
@@ -250,7 +250,7 @@ def find_interface_adapter(module: nn.Module) -> type[InterfaceAttention] | Refu
     return _REFUSED.get(kind) or Refusal(f"there is no adapter for {name} of {kind or 'this configuration'}")
 
 
-def mark(model: nn.Module) -> None:
+def _write_settings(model: nn.Module) -> None:
     """Write the settings into the configuration of the outermost models, so that ``save_pretrained`` of transformers
     keeps them: ``from_pretrained`` makes the model sparse again, and fails where sparsifiner is not imported."""
     inner: set[int] = set()
@@ -258,11 +258,7 @@ def mark(model: nn.Module) -> None:
         if not isinstance(module, PreTrainedModel) or id(module) in inner:
             continue
         inner.update(id(part) for part in module.modules())
-        layers = [part for part in module.modules() if isinstance(part, SparseAttention)]
-        if not layers:
-            continue
-        rates = tuple(layer.config.keep_rate for layer in layers)
-        first = layers[0].config
-        settings = first if len(set(rates)) == 1 else first.replace(keep_rate=rates)
-        vars(module.config)[NAME] = settings.to_dict()
-        vars(module.config)["attn_implementation"] = NAME
+        settings = settings_of(module)
+        if settings is not None:
+            vars(module.config)[NAME] = settings.to_dict()
+            vars(module.config)["attn_implementation"] = NAME
