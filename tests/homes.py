@@ -95,6 +95,41 @@ def _sam3() -> nn.Module:
     return Sam3ViTModel(config).eval()
 
 
+def _siglip2() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(**SIZES, num_patches=64, patch_size=4)
+    ).eval()
+
+
+def _qwen2_vl() -> nn.Module:
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    torch.manual_seed(0)
+    config = Qwen2VLVisionConfig(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4)
+    return Qwen2VisionTransformerPretrainedModel(config).eval()
+
+
+def cut_patches(shapes: list[tuple[int, int]], length: int) -> dict[str, torch.Tensor]:
+    """Inputs of SigLIP 2: images of the given rows and columns of patches, padded to ``length`` patches."""
+    sizes = torch.tensor(shapes)
+    mask = torch.arange(length)[None] < sizes.prod(-1)[:, None]
+    return {
+        "pixel_values": pixels(len(shapes), length, 48),
+        "pixel_attention_mask": mask.long(),
+        "spatial_shapes": sizes,
+    }
+
+
+def packed_patches(*grids: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """Inputs of Qwen2-VL's tower: images of the given frames, rows and columns of patches in one sequence."""
+    sizes = torch.tensor(grids)
+    return {"hidden_states": pixels(int(sizes.prod(-1).sum()), 96), "grid_thw": sizes}
+
+
 _TOKENS = dict(input_ids=torch.tensor([[0, 5, 7, 1], [0, 3, 9, 1]]))
 
 TRANSFORMERS: dict[str, Home] = {
@@ -123,6 +158,12 @@ TRANSFORMERS: dict[str, Home] = {
     ),
     "I-JEPA": Home(_model("IJepa"), _image()),
     "ViTPose": Home(_vitpose, lambda: {"pixel_values": pixels(2, 3, 64, 48)}),
+    "SigLIP 2": Home(
+        _siglip2, lambda: cut_patches([(8, 8), (4, 16)], 64), flexible=lambda: cut_patches([(6, 8), (4, 12)], 48)
+    ),
+    "Qwen2-VL tower": Home(
+        _qwen2_vl, lambda: packed_patches((2, 8, 8), (1, 6, 10)), flexible=lambda: packed_patches((1, 4, 16))
+    ),
     "SAM 3": Home(_sam3, _image()),
 }  # fmt: skip
 

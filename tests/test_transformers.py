@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lively
-from homes import TRANSFORMERS, first_tensor, pixels
+from homes import TRANSFORMERS, cut_patches, first_tensor, packed_patches, pixels
 
 import sparsifiner
 from sparsifiner import SparsifinerConfig
@@ -108,6 +108,48 @@ def test_models_that_ignore_the_interface_are_refused():
         sparsifiner.sparsify(transformers.VitDetModel(config))
     with pytest.raises((SparsifinerError, ValueError)):
         transformers.AutoModel.from_config(config, attn_implementation="sparsifiner")
+
+
+REFUSED = {
+    "HieraModel": (dict(embed_dim=16, num_heads=[1, 2], depths=[1, 1], image_size=[64, 64], masked_unit_size=[4, 4],
+                        query_stride=[2, 2], num_query_pool=1, patch_stride=[4, 4]), "order of its mask units"),
+    "ViTMAEModel": (dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                         image_size=64, patch_size=8), "drops patches at random"),
+    "SwinModel": (dict(image_size=64, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4),
+                  "no adapter for SwinAttention"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused_with_a_sentence(name):
+    settings, reason = REFUSED[name]
+    config = getattr(transformers, name.replace("Model", "Config"))(**settings)
+    with pytest.raises(SparsifinerError, match=f"nothing to convert in {name}.*{reason}"):
+        sparsifiner.sparsify(getattr(transformers, name)(config))
+
+
+def test_padded_images_are_those_without_padding():
+    model = lively(TRANSFORMERS["SigLIP 2"].build())
+    sparse, shapes = sparsifiner.sparsify(model, SPARSE), [(6, 8), (4, 12), (5, 5)]
+    padded = cut_patches(shapes, 64)
+    together = run(sparse, padded)
+    sparsifiner.set_keep_rate(sparse, 1.0)
+    exact, dense = run(sparse, padded), run(model, padded)
+    sparsifiner.set_keep_rate(sparse, 0.2)
+    for number, (rows, columns) in enumerate(shapes):
+        count = rows * columns
+        assert (exact - dense)[number, :count].norm() < 1e-5 * dense[number, :count].norm()
+        alone = {name: value[number : number + 1] for name, value in padded.items()}
+        alone = {name: value if name == "spatial_shapes" else value[:, :count] for name, value in alone.items()}
+        assert (run(sparse, alone)[0] - together[number, :count]).abs().max() < 1e-5
+    assert together.isfinite().all()
+
+
+def test_packed_images_that_only_differ_in_their_sides_are_refused():
+    sparse = sparsifiner.sparsify(lively(TRANSFORMERS["Qwen2-VL tower"].build()), SPARSE)
+    run(sparse, packed_patches((1, 4, 16), (1, 4, 16)))
+    with pytest.raises(SparsifinerError, match="images of 4x16, 8x8 patches have 64 each, and the layers cannot tell"):
+        run(sparse, packed_patches((1, 8, 8), (1, 4, 16)))
 
 
 def test_a_module_of_an_unconverted_model_says_so():

@@ -61,7 +61,9 @@ def convert_new(model: Any) -> None:
         return
     if marker is not None and is_sparse(model):  # a tower was converted with its own settings already
         densify(model, inplace=True)
-    if not any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules()):
+    if not any(
+        isinstance(m, (nn.Conv2d, nn.Conv3d)) or "VisionEmbeddings" in type(m).__name__ for m in model.modules()
+    ):
         return  # a part of a larger model
     if is_sparse(model):
         return

@@ -41,6 +41,9 @@ REFUSED: dict[str, Refusal] = {
     "FactorAttnConvRelPosEnc": Refusal("it is linear attention without a token-by-token map"),
     "Gemma4Attention": Refusal("its model pads images to a common length, and a mask hides the padding"),
     "GlobalSubSampleAttn": _SUBSAMPLED,
+    "HieraMaskUnitAttention": Refusal(
+        "its tokens stand in the order of its mask units, and its early blocks attend inside them only"
+    ),
     "LinformerAttention": Refusal("its keys are projected already, so they are not the tokens of the patch grid"),
     "LocallyGroupedAttn": _WINDOWS,
     "MaskUnitAttention": _WINDOWS,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
@@ -15,6 +16,7 @@ from ...config import SparsifinerConfig
 from ...errors import SparsifinerError
 from ...geometry.conv_grid import GridSource, find_conv_owner, patch_convolutions
 from ...geometry.patch_grid import PatchGrid
+from ...geometry.told_grid import ToldGrid, find_told_grid
 from ..layer import SparseAttention
 from ..markers import NAME, settings_of
 from ..module_state import weight_like
@@ -57,6 +59,9 @@ FAMILIES: dict[str, Family] = {
     "dpt": Family("DPTSelfAttention", _class_token),
     "ijepa": Family("IJepaAttention"),
     "sam3_vit_model": Family("Sam3ViTRoPEAttention"),
+    "qwen2_vl": Family("VisionAttention"),
+    "qwen2_vl_vision": Family("VisionAttention"),
+    "siglip2_vision_model": Family("Siglip2Attention"),
     "siglip_vision_model": Family("SiglipAttention"),
     "videomae": Family("VideoMAESelfAttention"),
     "vit": Family("ViTAttention", _class_token),
@@ -67,11 +72,14 @@ FAMILIES: dict[str, Family] = {
 }
 """By ``model_type`` of the configuration that the attention module holds."""
 
+_TOLD = ("qwen2_vl", "qwen2_vl_vision", "siglip2_vision_model")
+"""Those whose patches come cut, with the grid of each image as an argument."""
+
 _TEXT = Refusal("its tokens are text, which has no patch grid", costly=False)
-_PACKED = Refusal("its model packs images of several sizes into one sequence, whose patch grids it does not tell yet")
+_PACKED = Refusal("its model reorders patches into windows, so they form no patch grid in the sequence")
 _REFUSED = {
-    "siglip2_vision_model": _PACKED,
-    "qwen2_vl": _PACKED,
+    "qwen2_5_vl_vision": _PACKED,
+    "qwen2_5_vl": _PACKED,
     "vit_mae": Refusal("its model drops patches at random, which leaves no patch grid"),
 }
 
@@ -173,6 +181,58 @@ def restored(model: nn.Module) -> None:
                 own._attn_implementation_internal = before or "sdpa"
 
 
+class PackedInterfaceAttention(InterfaceAttention):
+    """The same where images of several sizes are packed into a batch, padded to one length (SigLIP 2), or into one
+    sequence, each frame attending to itself (Qwen2-VL). Rows of padding are zeros."""
+
+    tells_grid: ClassVar[str] = "spatial_shapes or grid_thw"
+    takes_bias: ClassVar[bool] = False
+    grid: ToldGrid
+
+    @classmethod
+    def find_owner(cls, model: nn.Module, name: str) -> str | Refusal | None:
+        while name:
+            name = name.rpartition(".")[0]
+            module: Any = model.get_submodule(name)
+            if type(getattr(module, "embeddings", None)).__name__ == "Siglip2VisionEmbeddings":
+                return name
+            if hasattr(module, "spatial_merge_size") and hasattr(module, "blocks"):
+                if module.spatial_merge_size != 2:
+                    return Refusal(f"its patches come in blocks of {module.spatial_merge_size}, not of 2x2")
+                return name
+        return None
+
+    @classmethod
+    def follow_grid(cls, owner: Any, dense: nn.Module) -> PatchGrid:
+        by_batch = hasattr(owner, "embeddings")
+        told = "embeddings" if by_batch else ""
+        side = int(dense.config.patch_size)  # type: ignore[union-attr,arg-type]
+        known = find_told_grid(owner.get_submodule(told))
+        if known is not None:
+            return known
+        if by_batch:
+            return ToldGrid((16, 16), (side, side), "spatial_shapes", 1, told, "raster")
+        return ToldGrid((16, 16), (side, side), "grid_thw", 1, told, "merge2x2")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> Tensor:
+        if self.grid.order == "merge2x2":
+            self.grid.shape = self.grid.of_length(q.shape[2])
+            return self.attend(q, k, v)
+        shapes = self.grid.shapes
+        if len(shapes) != len(q):
+            raise SparsifinerError(f"attention got {len(q)} images, but spatial_shapes names {len(shapes)}")
+        if len(set(shapes)) == 1 and shapes[0][0] * shapes[0][1] == q.shape[2]:
+            self.grid.shape = shapes[0]
+            return self.attend(q, k, v)
+        outputs = []
+        for number, shape in enumerate(shapes):
+            self.grid.shape = shape
+            image, patches = slice(number, number + 1), slice(0, shape[0] * shape[1])
+            out = self.attend(*(x[image, :, patches] for x in (q, k, v)))
+            outputs.append(F.pad(out, (0, 0, 0, q.shape[2] - out.shape[2])))
+        return torch.cat(outputs)
+
+
 def sparse_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -243,11 +303,16 @@ def find_interface_adapter(module: nn.Module) -> type[InterfaceAttention] | Refu
         return None  # only a wrapper around the attention
     family = FAMILIES.get(kind)
     if family is not None and family.attention == name:
-        reason = InterfaceAttention.refusal(module)
-        return InterfaceAttention if reason is None else Refusal(reason)
+        adapter = PackedInterfaceAttention if kind in _TOLD else InterfaceAttention
+        reason = adapter.refusal(module)
+        return adapter if reason is None else Refusal(reason)
     if "text" in kind:
         return _TEXT
-    return _REFUSED.get(kind) or Refusal(f"there is no adapter for {name} of {kind or 'this configuration'}")
+    return (
+        _REFUSED.get(kind)
+        or REFUSED.get(name)
+        or Refusal(f"there is no adapter for {name} of {kind or 'this configuration'}")
+    )
 
 
 def _write_settings(model: nn.Module) -> None:
