@@ -22,8 +22,9 @@ SLOW = (
     "huggingface_hub",
     "accelerate",
     "jinja2",
+    "gradio",
 )
-COMMANDS = ("report", "benchmark", "calibrate", "info", "pareto", "train", "tune", "validate")
+COMMANDS = ("report", "benchmark", "calibrate", "explore", "info", "pareto", "train", "tune", "validate")
 
 RUN = """
 import json, os, sys, tempfile
@@ -96,6 +97,13 @@ def test_usage_errors_import_nothing_slow_and_are_one_line():
         ["calibrate", "--images", ".", "--output", "out", "--val-images", "missing"],
         ["calibrate", "--images", ".", "--output", "out", "--img-size", "32,64"],
         ["calibrate", "--images", ".", "--output", "out", "--seed", "-1"],
+        ["explore", *size],
+        ["explore", "--img-size", "32,64"],
+        ["explore", "--images", "missing"],
+        ["explore", "--images", "file"],
+        ["explore", "--config", "bad.yaml"],
+        ["explore", "--port", "0"],
+        ["explore", "--port", "70000"],
         ["pareto"],
         ["pareto", *model, *keep],
         ["pareto", *model, "a=b"],

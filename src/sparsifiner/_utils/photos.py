@@ -214,8 +214,12 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def read_photo(file: Path) -> Image:
+def read_photo(file: Path, name: str = "") -> Image:
     """One picture as RGB, turned as its camera was held.
+
+    Args:
+        file: where it lies.
+        name: what a message calls it; its path if empty.
 
     Raises:
         ValueError: if it is missing or no image.
@@ -223,7 +227,7 @@ def read_photo(file: Path) -> Image:
     try:
         return _read(file)
     except Exception as error:  # PIL's decoders raise what they like on a broken file
-        raise SparsifinerError(f"the picture {file} cannot be read: {_reason(error)}") from error
+        raise SparsifinerError(f"the picture {name or file} cannot be read: {_reason(error)}") from error
 
 
 def as_rgb(image: Image) -> Image:

@@ -8,6 +8,7 @@ import typer
 
 from .benchmark import benchmark
 from .calibrate import calibrate
+from .explore import explore
 from .info import info
 from .pareto import pareto
 from .report import report
@@ -25,7 +26,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_common)
-    for command in (report, benchmark, calibrate, info, pareto, train, tune, validate):
+    for command in (report, benchmark, calibrate, explore, info, pareto, train, tune, validate):
         app.command()(command)
     return app
 

@@ -30,7 +30,7 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    pixels = _to_tensor(image)
+    pixels = to_pixels(image)
     aspect = pixels.shape[0] / pixels.shape[1]
     queries, columns = len(maps.queries), 1 + 2 * len(maps.layers)
     side, gap, group, caption = 2.1, 0.07, 0.22, 0.27
@@ -60,7 +60,7 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
             text(x + side / 2, 0.84, "query patch and its tile", 11, _FAINT, ha="center", va="center")
         for number, layer in enumerate(maps.layers):
             axes, x = panel(row, 1 + 2 * number)
-            axes.imshow(_heat(pixels, layer.attention[row]).numpy())
+            axes.imshow(heat_picture(pixels, layer.attention[row]).numpy())
             _outline(axes, layer.tiles[row], maps, pixels, query=maps.queries[row], tile=False)
             if row == 0:
                 centre = x + side + gap / 2
@@ -76,7 +76,7 @@ def draw_maps(image: Image, maps: AttentionMaps, *, title: str = "", dpi: int = 
                 text(x + side / 2, 0.84, "dense model attends to", 11, _FAINT, ha="center", va="center")
                 text(x + side * 1.5 + gap, 0.84, "sparse model keeps", 11, _FAINT, ha="center", va="center")
             axes, x = panel(row, 2 + 2 * number)
-            axes.imshow(_kept(pixels, layer.kept[row]).numpy())
+            axes.imshow(kept_picture(pixels, layer.kept[row]).numpy())
             _outline(axes, layer.tiles[row], maps, pixels)
             y = top + (row + 1) * side * aspect + row * caption + 0.12
             text(x + side / 2, y, _caption(layer, row), 11, ha="center", va="center")
@@ -98,32 +98,41 @@ def _caption(layer: LayerMap, row: int) -> str:
     return f"keys {layer.kept[row].mean().item():.0%}, attention {layer.mass[row].item():.0%}"
 
 
-def _to_tensor(image: Image) -> Tensor:
+def to_pixels(image: Image) -> Tensor:
+    """An image as RGB in 0..1, ``[rows, columns, 3]``."""
     import numpy
 
     return torch.from_numpy(numpy.array(image.convert("RGB"))).float() / 255
 
 
-def _heat(pixels: Tensor, attention: Tensor) -> Tensor:
-    """A darkened grey image under the heat map, ``[rows, columns, 3]``."""
+def heat_picture(pixels: Tensor, attention: Tensor, *, smooth: bool = True) -> Tensor:
+    """A darkened grey image under the heat map, ``[rows, columns, 3]``.
+
+    Args:
+        pixels: the image in 0..1, ``[rows, columns, 3]``.
+        attention: not negative, a value per patch ``[rows, columns]``.
+        smooth: interpolate between patches; otherwise each is a rectangle of one colour.
+    """
     from matplotlib import colormaps
 
     ceiling = attention.flatten().quantile(0.995).clamp(min=1e-12)
-    strength = _resize((attention / ceiling).clamp(0, 1).sqrt(), pixels, "bicubic").clamp(0, 1)
+    strength = (attention / ceiling).clamp(0, 1).sqrt()
+    strength = resize_grid(strength, pixels, "bicubic" if smooth else "nearest").clamp(0, 1)
     colour = torch.from_numpy(colormaps["inferno"](strength.numpy())[..., :3]).float()
     grey = pixels.mean(-1, keepdim=True).expand_as(pixels) * 0.55
     opacity = (0.25 + 0.75 * strength)[..., None]
     return (grey * (1 - opacity) + colour * opacity).clamp(0, 1)
 
 
-def _kept(pixels: Tensor, kept: Tensor) -> Tensor:
-    """The image with every patch as bright as the share of heads that keep it."""
-    share = _resize(kept, pixels, "nearest")[..., None]
+def kept_picture(pixels: Tensor, kept: Tensor) -> Tensor:
+    """The image with every patch as bright as the share of heads that keep it, ``kept`` ``[rows, columns]`` in 0..1."""
+    share = resize_grid(kept, pixels, "nearest")[..., None]
     shown = (0.5 + 0.5 * share) * (share > 0)
     return pixels * shown + (1 - shown) * torch.tensor([0.06, 0.07, 0.09])
 
 
-def _resize(grid: Tensor, pixels: Tensor, mode: str) -> Tensor:
+def resize_grid(grid: Tensor, pixels: Tensor, mode: str) -> Tensor:
+    """A value per patch as a value per pixel of ``pixels``."""
     settings: dict[str, Any] = {} if mode == "nearest" else {"align_corners": False}
     return F.interpolate(grid[None, None].float(), size=pixels.shape[:2], mode=mode, **settings)[0, 0]
 

@@ -16,7 +16,7 @@ from .._utils.photos import Photos, Preparation, preprocess
 from .._utils.progress import Progress
 from ..attention.policy import check_fit
 from ..config import SparsifinerConfig
-from ..convert import conversion, densify, is_sparse, set_keep_rate, sparse_layers, sparsify
+from ..convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
 from ..errors import SparsifinerError
 from ..geometry.patch_grid import check_size
 from ..measure.crossover import NEVER_WITH_BIAS, BreakEven, break_even
@@ -24,12 +24,12 @@ from ..measure.fidelity import measure_fidelity
 from ..measure.flops import FlopReport, count_flops
 from ..measure.latency import compare_latency
 from ..measure.memory import PeakMemory, measure_memory
-from ..models import load_model
 from ..runtime import prepare
 from .contents import Case, Fast, Report
 from .fast import fast_preset
 from .machine import this_machine
 from .maps import attention_maps
+from .pair import load_pair, own_size
 from .pictures import draw_maps
 
 TWICE_THE_SIDE = 4.0
@@ -102,7 +102,7 @@ def run_report(settings: Settings, photos: Photos, progress: Progress | None = N
         if number:
             dense, sparse = _load_pair(settings, size)
         notify("loading the model", 1, 1)
-        _measure_size(settings, photos, dense, sparse, size or _own_size(dense), found, notify)
+        _measure_size(settings, photos, dense, sparse, size or own_size(dense), found, notify)
     if not settings.image_sizes and settings.second_size is not None and not os.path.isdir(settings.model):
         _measure_second(settings, photos, dense, found, notify, start)
     found.notes += _notes(settings, photos, sparse)
@@ -128,7 +128,7 @@ def _measure_second(
 ) -> None:
     """Twice the model's own size, if there is time and the model takes it; a note says if not."""
     assert settings.second_size is not None
-    rows, columns = _own_size(dense)
+    rows, columns = own_size(dense)
     size, passed = (2 * rows, 2 * columns), time.monotonic() - start
     if passed * (1 + TWICE_THE_SIDE) > settings.second_size:
         found.notes.append(
@@ -309,13 +309,7 @@ def _draw(
 
 
 def _load_pair(settings: Settings, size: tuple[int, int] | None) -> tuple[nn.Module, nn.Module]:
-    """The dense model and its sparse version; a saved sparse model and its densified twin."""
-    model = load_model(settings.model, img_size=size).to(settings.device, settings.dtype).eval()
-    if not is_sparse(model):
-        return model, sparsify(model, settings.config)
-    if settings.config is not None:
-        raise SparsifinerError(f"{settings.model} is sparse already and has its own settings; leave --config out")
-    return densify(model), model
+    return load_pair(settings.model, size, settings.config, dtype=settings.dtype, device=settings.device)
 
 
 def _check_sizes(dense: nn.Module, sparse: nn.Module, sizes: tuple[tuple[int, int], ...]) -> None:
@@ -361,10 +355,3 @@ def _patch_size(model: nn.Module) -> tuple[int, int]:
     if size is None:
         raise SparsifinerError(f"{type(model).__name__} has no patch embedding; expected a Vision Transformer")
     return size if isinstance(size, tuple) else (size, size)
-
-
-def _own_size(model: nn.Module) -> tuple[int, int]:
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is None:
-        raise SparsifinerError(f"{type(model).__name__} has no image size of its own; name one with --img-size")
-    return (size[0], size[1])
