@@ -24,7 +24,9 @@ SLOW = (
     "jinja2",
     "gradio",
 )
-COMMANDS = ("report", "benchmark", "calibrate", "explore", "info", "pareto", "train", "tune", "validate")
+COMMANDS = (
+    "report", "benchmark", "calibrate", "explore", "export", "extract", "info", "pareto", "train", "tune", "validate",
+)  # fmt: skip
 
 RUN = """
 import json, os, sys, tempfile

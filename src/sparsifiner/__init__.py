@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .config import SparsifinerConfig
     from .convert import conversion, densify, set_keep_rate, sparse_layers, sparsify
     from .errors import SparsifinerError
+    from .exporters import export
     from .geometry.conv_grid import GridSource
     from .geometry.tiling import Tiling
     from .hub import push_to_hub
@@ -44,6 +45,7 @@ __all__ = [
     "conversion",
     "count_flops",
     "densify",
+    "export",
     "from_pretrained",
     "functional",
     "kept_patches",
@@ -78,6 +80,7 @@ _HOMES = {
     "conversion": "convert",
     "count_flops": "measure.flops",
     "densify": "convert",
+    "export": "exporters",
     "from_pretrained": "saving",
     "kept_patches": "reduction.pruning",
     "prepare": "runtime",

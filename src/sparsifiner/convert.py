@@ -167,11 +167,9 @@ def sparsify_as_saved(model: M, config: SparsifinerConfig) -> M:
     changed and saved.
     """
     sparsify(model, config.replace(backend="auto"), inplace=True)
-    layers = sparse_layers(model).values()
-    for layer in layers:
+    for layer in sparse_layers(model).values():
         layer.configure(layer.config.replace(backend=config.backend))
-    for kind in dict.fromkeys(type(layer) for layer in layers):
-        kind.converted(model)
+    mark(model)
     return model
 
 

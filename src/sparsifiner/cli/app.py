@@ -9,6 +9,8 @@ import typer
 from .benchmark import benchmark
 from .calibrate import calibrate
 from .explore import explore
+from .export import export
+from .extract import extract
 from .info import info
 from .pareto import pareto
 from .report import report
@@ -26,7 +28,8 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_common)
-    for command in (report, benchmark, calibrate, explore, info, pareto, train, tune, validate):
+    commands = (report, benchmark, calibrate, explore, export, extract, info, pareto, train, tune, validate)
+    for command in commands:
         app.command()(command)
     return app
 

@@ -140,6 +140,11 @@ class PatchGrid:
 
     def _begin(self, shape: tuple[int, int], *, embedded: bool, num_frames: int = 1) -> None:
         """An image was embedded: its pass waits for the first block."""
+        if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in shape):
+            raise SparsifinerError(
+                "a sparse model is exported for one height and width, since its tiles are cut for one patch grid; "
+                "leave dimensions 2 and 3 out of dynamic_shapes, and export once per image size"
+            )
         begun = ForwardPass(shape, num_frames)
         if torch.compiler.is_compiling():
             self.latest = begun

@@ -36,10 +36,12 @@ def compile_ahead(model: nn.Module, x: Tensor, options: Options | None = None) -
         return load_package(write_package(model, x, f"{folder}/model.pt2", options))
 
 
-def write_package(model: nn.Module, x: Tensor, path: str, options: Options | None = None) -> str:
-    """What :func:`compile_ahead` compiles, as a file at ``path``; returns the path."""
+def write_package(
+    model: nn.Module | torch.export.ExportedProgram, x: Tensor, path: str, options: Options | None = None
+) -> str:
+    """What :func:`compile_ahead` compiles, or a program exported before, as a file at ``path``; returns the path."""
     with torch.no_grad():
-        program = torch.export.export(model, (x,))
+        program = model if isinstance(model, torch.export.ExportedProgram) else torch.export.export(model, (x,))
         settings = {"freezing": True, "cpp.threads": torch.get_num_threads(), **(options or {})}
         return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
 
