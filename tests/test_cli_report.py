@@ -17,7 +17,7 @@ import sparsifiner
 from sparsifiner import SparsifinerConfig
 from sparsifiner.cli import main
 from sparsifiner.cli.console import say
-from sparsifiner.report import run
+from sparsifiner.report import pair, run
 
 QUICK = ["--repeats", "1", "--max-tokens", "400", "--no-memory", "--num-pictures", "1"]
 
@@ -33,8 +33,8 @@ def tiny_models(monkeypatch):
         settings = dict(img_size=img_size or 96, depth=2, num_classes=0, embed_dim=96, num_heads=3)
         return lively(timm.create_model(kind, **settings))
 
-    run_load = run.load_model
-    monkeypatch.setattr(run, "load_model", load)
+    run_load = pair.load_model
+    monkeypatch.setattr(pair, "load_model", load)
 
 
 @pytest.fixture
