@@ -8,6 +8,8 @@ from ..runtime import Runtime
 from .models import WholeModel
 from .space import Candidate
 
+NONE_TRIED = "No sparse model was compiled whole in the time there was; give the search more of it."
+
 
 def verdict(where: str, best: WholeModel, like: WholeModel | None, models: Sequence[WholeModel]) -> list[str]:
     """Sentences about the result: its speed and fidelity, and which part precision and which part sparsity has in it.
@@ -18,8 +20,10 @@ def verdict(where: str, best: WholeModel, like: WholeModel | None, models: Seque
         like: the dense model in the same precision and compilation, None if it was not measured.
         models: all that were run.
     """
+    tried = any(model.candidate.config is not None for model in models)
     if best.candidate == Candidate(None, Runtime()):
-        return [f"{where} nothing is faster than the dense model as it was given."]
+        lines = [f"{where} nothing that was measured is faster than the dense model as it was given."]
+        return lines if tried else [*lines, NONE_TRIED]
     assert best.fidelity is not None
     lines = [
         f"{where} {best.candidate} runs {best.speedup:.2f}x as fast as dense float32 (mean cosine "
@@ -27,6 +31,8 @@ def verdict(where: str, best: WholeModel, like: WholeModel | None, models: Seque
     ]
     if best.candidate.config is None:
         lines.append("That is all precision and compilation: no sparse model was faster within the bound.")
+        if not tried:
+            lines[-1] = f"That is all precision and compilation. {NONE_TRIED}"
     elif like is not None:
         lines.append(
             f"Precision and compilation alone give {like.speedup:.2f}x; sparse attention gives the other "
