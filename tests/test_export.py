@@ -25,6 +25,7 @@ SETTINGS = {
     "lowrank": SPARSE.replace(predictor="lowrank", tail=TailConfig((2, 2), refine=0, offset=True)),
     **{name: SPARSE.replace(predictor=name, tail=None) for name in ("oracle", "local", "strided", "random")},
     "screened": SPARSE.replace(predictor=PooledConfig(screen_from=16), tail=None),
+    "budget": SPARSE.replace(predictor=PooledConfig(budget="layer"), tail=None),
     "paper": SparsifinerConfig.paper(),
     "threshold": SparsifinerConfig.paper(score_threshold=0.02),
 }
