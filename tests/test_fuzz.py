@@ -21,8 +21,8 @@ FUZZERS = {"operator": fuzz_operator, "settings": fuzz_settings, "commands": fuz
 SHARES = {"operator": 20, "settings": 60, "commands": 16, "files": 80}
 """Cases of one test, a second or two."""
 FOUND = {
-    "settings": [1028, 1830, 2242, 5050],  # attention in bfloat16, and a learned predictor in float32
-    "commands": [84],  # a word of 9,000 letters told in full
+    "settings": [1028, 1830, 2242, 5050, 504766],  # bfloat16 attention beside a float32 predictor; a threshold of 2**70
+    "commands": [84, 500449],  # a word and a file of thousands of letters told in full
     "files": [
         342,
         2589,

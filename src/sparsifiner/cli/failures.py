@@ -26,7 +26,8 @@ def explain(error: BaseException) -> str | None:
         return "out of memory; use a smaller --img-size, a smaller model, or --dtype bfloat16"
     if isinstance(error, SparsifinerError):
         return _folded(str(error)) or type(error).__name__
-    return explain_file(error) if isinstance(error, OSError) else None
+    reason = explain_file(error) if isinstance(error, OSError) else None
+    return None if reason is None else _folded(reason)
 
 
 def explain_file(error: OSError) -> str | None:

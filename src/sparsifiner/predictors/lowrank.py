@@ -21,6 +21,7 @@ from .base import LayerShape, Predictor, PredictorConfig, TileScores, value_dist
 from .registry import register_predictor
 
 Reduction = Literal["max", "sum"]
+LARGEST = 1e6  # of thresholds and factors; whole numbers beyond 64 bits are none that torch takes
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class LowRankConfig(PredictorConfig):
         if self.coef_topk is not None and self.coef_threshold is not None:
             raise SparsifinerError("coef_topk and coef_threshold exclude each other; set one of them to None")
         for name in ("basis_threshold", "coef_threshold", "score_threshold"):
-            number(name, getattr(self, name), least=0, optional=name != "basis_threshold")
+            number(name, getattr(self, name), least=0, most=LARGEST, optional=name != "basis_threshold")
         if self.scale not in ("head_dim", "num_heads"):
-            number("scale (head_dim, num_heads or a number)", self.scale, above=0)
+            number("scale (head_dim, num_heads or a number)", self.scale, above=0, most=LARGEST)
         choose("reduction", self.reduction, get_args(Reduction))
         for name in ("share_basis", "attn_recon"):
             flag(name, getattr(self, name))
