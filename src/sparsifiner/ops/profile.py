@@ -87,7 +87,6 @@ def device_key(device: torch.device) -> str:
     return f"{name}, {used}, torch {torch.__version__}, sparsifiner {_version('sparsifiner')}"
 
 
-@torch.compiler.assume_constant_result
 def find_profile(device_type: str, device_index: int | None, dtype: torch.dtype) -> Profile | None:
     """The profile of a device in a dtype, or None where there is none, or it belongs to another machine or version."""
     path = profile_path()
@@ -95,6 +94,10 @@ def find_profile(device_type: str, device_index: int | None, dtype: torch.dtype)
         return None
     device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
     return _read(path).get((device_key(device), str(dtype).removeprefix("torch.")))
+
+
+# torch.compiler.assume_constant_result, which does no more, but imports the whole of torch._dynamo for it.
+find_profile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def save_profiles(device: torch.device, profiles: dict[str, Profile]) -> Path:

@@ -56,6 +56,10 @@ def why_missing() -> str | None:
     return None
 
 
+# As torch.compiler.assume_constant_result does: a compiler that traces takes the answer as it is.
+why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_not(operation: str, *, needs_gradients: bool, **arguments: object) -> str | None:
     """Why the kernel of an operation cannot serve a call, in words, or None if it can."""
     tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
