@@ -105,7 +105,7 @@ problems = st.builds(
     prefix=st.integers(0, 5),
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
-    width=st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128, 192]),
+    width=st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128]),
     keys=st.sampled_from([1, 2, 7, 64, 65, 1000]),
     padding=st.booleans(),
     block=st.none() | st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -224,7 +224,7 @@ def test_denormals(level: str, problem: Problem, names: set[str]) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("side", "width"), [(16, 64), (7, 128), (24, 48), (9, 192)])
+@pytest.mark.parametrize(("side", "width"), [(16, 64), (7, 128), (24, 48)])
 def test_bfloat16_is_as_good_as_torch_sdpa(level: str, side: int, width: int) -> None:
     problem = make(grid=(side, side), keys=1000, block=None, width=width, dtype=torch.bfloat16)
     exact = problem.exact()

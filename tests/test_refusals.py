@@ -86,7 +86,7 @@ def test_a_backend_that_can_never_run_is_refused_at_conversion(monkeypatch):
         patch.setattr(cpu.binding, "_missing", "there is no compiled module")
         with pytest.raises(ValueError, match="backend 'native' cannot run here: there is no compiled module"):
             sparsify(model, SparsifinerConfig(backend="native"))
-    with pytest.raises(ValueError, match="cannot run here: .*multiples of 16 from 16 to 192, not 12|_native"):
+    with pytest.raises(ValueError, match="cannot run here: .*multiples of 16 from 16 to 128, not 12|_native"):
         sparsify(model, SparsifinerConfig(backend="native"))  # TINY has heads of width 12
     kernels = {"attend": lambda q, *others: q}
     with registered_backend("elsewhere", device_type="xpu", kernels=kernels), monkeypatch.context() as patch:

@@ -257,6 +257,7 @@ def test_validation_that_the_head_does_not_allow_is_said_to_be_skipped(recipe, t
     assert sum("head is for 1000 classes and the data has 3; " in line for line in said) == 1
 
 
+@pytest.mark.filterwarnings("ignore:model_args say num_classes=0")
 def test_every_phase_is_checked_before_the_first_one_trains(recipe, tmp_path):
     steps = []
     for changes, words in [

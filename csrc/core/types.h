@@ -14,6 +14,6 @@ enum class DType { float32, bfloat16 };
 // 2024); weights and values stay float32. Sums are always float32.
 enum class Precision { same, bfloat16, int8 };
 
-constexpr int kMaxWidth = 192;  // of a head
+constexpr int kMaxWidth = 128;  // of a head
 
 }  // namespace sparsifiner

@@ -59,8 +59,7 @@ void test_rounded_attention(std::mt19937& random, const char* level) {
 // Keys and values of 2 x 3 heads that are copied two heads at a time, across the border of the images.
 void test_attention_in_parts(std::mt19937& random, const char* level) {
   const int64_t tokens = 6001, tile = 64;
-  for (int width : {128, 192})
-    expect_attention(Case(random, false, {2, 3, tokens, width, (tokens - 1 + tile - 1) / tile, tile, 5, 3, 1}), level);
+  expect_attention(Case(random, false, {2, 3, tokens, 128, (tokens - 1 + tile - 1) / tile, tile, 5, 3, 1}), level);
 }
 
 void test_bad_indices(std::mt19937& random, const char* level) {

@@ -34,6 +34,13 @@ def load_yaml(text: str) -> Any:
     return check_levels(value, MOST_VALUES)
 
 
+def dump_yaml(values: Any) -> str:
+    """Plain values as YAML, in their order."""
+    import yaml
+
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
 @lru_cache(maxsize=1)
 def _loader() -> Any:
     import yaml

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from .._utils.files import check_writable, make_folder, write_together
+from .._utils.yaml12 import dump_yaml
 from ..errors import SparsifinerError
 from ..report.machine import Machine
 from ..runtime import ReadyModel
@@ -138,4 +138,4 @@ class Tuned:
 
 def settings_yaml(settings: Candidate) -> str:
     """Settings as YAML: ``sparsity`` is a configuration of sparsifiner, ``runtime`` one of ``Runtime``."""
-    return yaml.safe_dump(settings.to_dict(), sort_keys=False, default_flow_style=None)
+    return dump_yaml(settings.to_dict())

@@ -29,10 +29,10 @@ def why_not(operation: str, *, needs_gradients: bool, **arguments: Any) -> str |
             return f"it computes in float32 and bfloat16, not in {str(x.dtype).removeprefix('torch.')}"
         width = x.shape[-1]
         if operation == "pool_blocks":
-            if width > 192:
-                return f"it takes head widths up to 192, not {width}"
-        elif operation != "topk" and (width % 16 or not 16 <= width <= 192):
-            return f"it takes head widths that are multiples of 16 from 16 to 192, not {width}"
+            if width > 128:
+                return f"it takes head widths up to 128, not {width}"
+        elif operation != "topk" and (width % 16 or not 16 <= width <= 128):
+            return f"it takes head widths that are multiples of 16 from 16 to 128, not {width}"
         groups = x.shape[3] if operation in _KEYS else arguments.get("num_groups", 0)
         if groups > MOST_POOLED_QUERIES:
             return f"it takes at most {MOST_POOLED_QUERIES} pooled queries per tile, not {groups}"
