@@ -160,6 +160,57 @@ def test_reentrant_recomputation_is_right_or_refused(make, dynamic, images) -> N
         gradients(model, [images(*WIDE), images(*TALL)], True)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_attention_that_is_checkpointed_alone(reentrant, dynamic, images) -> None:
+    """As ``checkpoint_wrapper`` of PyTorch's distributed package does: the block does not run again, its part does."""
+    model = sparsify(dynamic, CONFIG).train()
+    attention = [block.attn for block in model.blocks]
+
+    def forward(x: Tensor, wrapped: bool) -> Tensor:
+        for block, layer in zip(model.blocks, attention, strict=True):
+            block.attn = Checkpointed(layer, reentrant) if wrapped else layer
+        return model.forward_features(x).square().sum()
+
+    def backward(wrapped: bool, sizes: list[tuple[int, ...]]) -> list[Tensor]:
+        model.zero_grad()
+        total = torch.stack([forward(images(*size), wrapped) for size in sizes]).sum()
+        total.backward()
+        return [p.grad.clone() for layer in attention for p in layer.parameters() if p.grad is not None]
+
+    for sizes in ([TALL], [TALL, TALL], [WIDE, TALL]):
+        want = backward(False, sizes)
+        if reentrant and len(set(sizes)) > 1:
+            with pytest.raises(ValueError, match="use_reentrant=False"):
+                backward(True, sizes)
+        else:
+            torch.testing.assert_close(backward(True, sizes), want, rtol=1e-4, atol=1e-4)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layer: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant = layer, reentrant
+
+    def forward(self, x: Tensor, **settings: object) -> Tensor:
+        return checkpoint(lambda x: self.layer(x, **settings), x, use_reentrant=self.reentrant)
+
+
+def test_parts_of_blocks_run_by_hand_after_two_embeddings_are_refused(dynamic, images) -> None:
+    sparse = sparsify(dynamic, CONFIG)
+    block = sparse.blocks[0]
+    with torch.no_grad():
+        waiting = [sparse._pos_embed(sparse.patch_embed(images(*size))) for size in (WIDE, TALL)]
+        with pytest.raises(ValueError, match="images of 8x16 and 16x8 patches were embedded before the blocks ran"):
+            block.attn(block.norm1(waiting[0]))
+        for size, grid in ((WIDE, (8, 16)), (TALL, (16, 8)), (TALL, (16, 8)), (WIDE, (8, 16))):
+            sparse.forward_features(images(*size))
+            tokens = sparse._pos_embed(sparse.patch_embed(images(*size)))
+            with record(sparse) as seen:
+                for block in sparse.blocks:
+                    tokens = tokens + block.attn(block.norm1(tokens))
+            assert {did.connectivity.tiling.grid for did in seen.values()} == {grid}
+
+
 def test_interleaved_passes_are_told_apart_or_refused(dynamic, images) -> None:
     """A block's own output tells its pass; a copy of it may be of either image where both wait at the same block."""
     sparse, wide, tall = sparsify(dynamic, CONFIG), images(*WIDE), images(*TALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import types
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def test_what_would_stay_dense_in_silence_is_refused(convert, where, how, tiny_v
         with torch.no_grad():
             assert not torch.allclose(convert(model)(x), want, rtol=1e-3, atol=1e-3)
         return
-    with pytest.raises(ValueError, match="compiled in place" if how == "compile" else "forward is replaced"):
+    with pytest.raises(ValueError, match="it was compiled" if how == "compile" else "forward is replaced"):
         convert(model)
     with torch.no_grad():
         torch.testing.assert_close(model(x), want)
@@ -185,6 +186,8 @@ def test_dynamically_quantized_linears_work(tiny_vit, images) -> None:
     for config in (ALWAYS.replace(keep_rate=1.0), SparsifinerConfig.paper(keep_rate=1.0)):
         with torch.no_grad():
             torch.testing.assert_close(sparsify(quantized, config)(x), quantized(x), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(linformer(quantized, keep_rate=1.0)(x), quantized(x), rtol=1e-3, atol=1e-3)
 
 
 def test_a_block_at_several_places_is_refused_where_tokens_leave(tiny_vit, images) -> None:
@@ -214,3 +217,64 @@ def test_backward_hooks_of_the_dropout_are_named_too(tiny_vit) -> None:
     model = tiny_vit()
     model.blocks[0].attn.attn_drop.register_full_backward_hook(lambda *args: None)
     assert "blocks.0.attn.attn_drop: its hooks" in str(conversion(sparsify(model, ALWAYS)))
+
+
+def test_a_function_that_uses_the_original_is_not_copied(tiny_vit, images) -> None:
+    """``model.forward = lambda x: ...model...`` in a copy would run the dense original, with nobody told."""
+    x = images(1, 3, 32, 32)
+
+    def patched(how: str) -> nn.Module:
+        model = tiny_vit()
+        forward, block = model.forward, model.blocks[0]
+
+        def with_default(x: Tensor, model: nn.Module = model) -> Tensor:
+            return type(model).forward(model, x)
+
+        def of_block(x: Tensor, **settings: Any) -> Tensor:
+            return type(block).forward(block, x, **settings)
+
+        if how == "block":
+            block.forward = of_block
+        else:
+            model.forward = {
+                "lambda": lambda x: model.head(model.forward_head(model.forward_features(x), pre_logits=True)),
+                "bound method": lambda x: forward(x),
+                "default": with_default,
+            }[how]
+        return model
+
+    for how in ("lambda", "bound method", "default", "block"):
+        for convert in CONVERSIONS.values():
+            model = patched(how)
+            if convert is CONVERSIONS["sparsify in place"]:
+                with torch.no_grad():
+                    want = sparsify(tiny_vit(), ALWAYS)(x)
+                    torch.testing.assert_close(convert(model)(x), want)
+                continue
+            with pytest.raises(ValueError, match=r"uses modules of this very model|forward is replaced"):
+                convert(model)
+    model = tiny_vit()
+    model.forward = types.MethodType(lambda self, x: type(self).forward_features(self, x), model)
+    sparse = sparsify(model, ALWAYS)
+    with torch.no_grad(), record(sparse) as seen:
+        assert sparse(x).ndim == 3
+    assert len(seen) == 2
+
+
+def test_attention_inside_a_compiled_module_is_refused(tiny_vit, images) -> None:
+    """``torch.compile(attn)`` keeps a function of the module it was given; around more than that it looks anew."""
+    x = images(1, 3, 32, 32)
+    for inplace in (False, True):
+        model = tiny_vit()
+        for block in model.blocks:
+            block.attn = torch.compile(block.attn, backend="eager")
+        for convert in (sparsify, functools.partial(linformer, keep_rate=0.5)):
+            with pytest.raises(ValueError, match="compiled and would go on running as before; convert first"):
+                convert(model, inplace=inplace)
+        model = tiny_vit()
+        for number, block in enumerate(model.blocks):
+            model.blocks[number] = torch.compile(block, backend="eager")
+        sparse = sparsify(model, ALWAYS, inplace=inplace)
+        with torch.no_grad(), record(sparse) as seen:
+            torch.testing.assert_close(sparse(x), sparsify(tiny_vit(), ALWAYS)(x))
+        assert len(seen) == 2

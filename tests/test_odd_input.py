@@ -13,12 +13,14 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
+import sparsifiner
 from sparsifiner import SparsifinerConfig, SparsifinerError, calibrate, from_pretrained, save_pretrained, sparsify
 from sparsifiner.calibration.state import State
 from sparsifiner.cli import main
 from sparsifiner.evaluation import Sweep
 from sparsifiner.models import load_model
 from sparsifiner.predictors import RandomConfig
+from sparsifiner.reduction import linformer
 from sparsifiner.saving import CONFIG_NAME
 from sparsifiner.training.recipe import DataConfig
 from sparsifiner.training.recipe_file import from_dict
@@ -247,3 +249,21 @@ def test_the_benchmark_of_a_model_of_other_channels(models, channels, capsys):
     printed = capsys.readouterr()
     assert stop.value.code == 0, printed.err
     assert json.loads(printed.out)["measured"][-1]["median_s"]["dense"] > 0
+
+
+@pytest.mark.parametrize("given", [None, "vit", 3])
+def test_what_is_no_model_is_told(given, tmp_path):
+    calls = {
+        "densify": lambda: sparsifiner.densify(given),
+        "set_keep_rate": lambda: sparsifiner.set_keep_rate(given, 0.1),
+        "sparse_layers": lambda: sparsifiner.sparse_layers(given),
+        "record": lambda: sparsifiner.record(given).__enter__(),
+        "save_pretrained": lambda: sparsifiner.save_pretrained(given, tmp_path / "saved"),
+        "linformer": lambda: linformer(given, keep_rate=0.5),
+        "export": lambda: sparsifiner.export(given, tmp_path / "model.pt2"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(sparsifiner.SparsifinerError, match="an nn.Module") as caught:
+            call()
+        assert "\n" not in str(caught.value), name
+    assert not list(tmp_path.iterdir())

@@ -17,11 +17,12 @@ from ._utils.messages import shown
 from .attention.adapters import Refusal, find_adapter
 from .attention.layer import SparseAttention
 from .attention.markers import mark, unmark
+from .attention.module_state import COMPILED
 from .attention.policy import Policy, check_fit
 from .config import SparsifinerConfig
 from .errors import SparsifinerError
 from .geometry.conv_grid import GridSource, count_prefix_tokens
-from .geometry.patch_grid import PatchGrid, drop_unused_grids
+from .geometry.patch_grid import PatchGrid, add_grid_hook, drop_unused_grids
 from .ops.attend import why_never
 
 M = TypeVar("M", bound=nn.Module)
@@ -141,6 +142,7 @@ def sparsify(
         if (reason := why_never(config.backend, layers[-1].head_width())) is not None:
             raise SparsifinerError(f"backend {config.backend!r} cannot run here: {reason}")
     for sparse, layer in zip(layers, found, strict=True):
+        add_grid_hook(sparse.register_forward_pre_hook, sparse._forward_pre_hooks, grids[layer.owner], "attended")
         for path in layer.paths:
             if sparse.child is None:
                 model.set_submodule(path, sparse)
@@ -226,7 +228,13 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
 
 
 def find_sparse_layers(model: nn.Module) -> dict[str, SparseAttention]:
-    """:func:`sparse_layers` for a model that may be dense: empty then."""
+    """:func:`sparse_layers` for a model that may be dense: empty then.
+
+    Raises:
+        SparsifinerError: if ``model`` is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise SparsifinerError(f"a model is needed, an nn.Module such as sparsify(...) returns; got {shown(model)}")
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
 
 
@@ -294,6 +302,8 @@ def _survey(model: nn.Module, grid: GridSource | None = None) -> tuple[list[_Fou
     stayed: list[StayedDense] = []
     for name, module in model.named_modules(remove_duplicate=False):
         adapter = find_adapter(module)
+        if isinstance(adapter, type) and name.rpartition(".")[2] == "_orig_mod":
+            adapter = Refusal(COMPILED)
         if isinstance(adapter, type):
             owner = adapter.find_owner(model, name)
             if grid is not None and (not isinstance(owner, Refusal) or owner.lacks_grid):

@@ -17,6 +17,8 @@ PyTorch's own: attention asks for shapes, which symbols do not have. The class k
 
 _NAMED = ("_parameters", "_buffers", "_modules")
 _COMPILED = "_compiled_call_impl"
+COMPILED = "it was compiled and would go on running as before; convert first, then compile"
+"""The reason for modules after ``module.compile()`` or inside ``torch.compile(module)``."""
 _DECORATORS = ("torch", "functools", "contextlib", "typing_extensions")
 """Packages whose decorators classes carry by themselves."""
 
@@ -67,9 +69,7 @@ def why_not_movable(module: nn.Module, path: str = "") -> str | None:
     if not names:
         return None
     if _COMPILED in names:
-        return (
-            "it was compiled in place (module.compile()) and would go on running as before; convert first, then compile"
-        )
+        return COMPILED
     return (
         f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} replaced on this instance, which would go on running "
         f"as before; take that back (del module.{names[0]}) and convert first"

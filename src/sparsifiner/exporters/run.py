@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .._utils.files import check_file_writable, write_together
-from .._utils.messages import one_line
+from .._utils.messages import one_line, shown
 from .._utils.photos import bundled_photos, input_channels, preprocess
 from ..convert import find_sparse_layers
 from ..errors import SparsifinerError
@@ -91,6 +91,8 @@ def export(
         SparsifinerError: if a package is missing, the model cannot be exported, or the file computes something else;
             no file is left then.
     """
+    if not isinstance(model, nn.Module):
+        raise SparsifinerError(f"export takes a model, an nn.Module such as sparsify(...) returns; got {shown(model)}")
     path = Path(path)
     exporter = exporter_for(path, to)
     exporter.check_installed()

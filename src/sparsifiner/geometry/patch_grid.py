@@ -171,7 +171,35 @@ class PatchGrid:
             self._note(x, known)
         known.entered.add(id(block))
         self._thread.running = True
+        self._thread.task = _backward_task()
         self._enter(known)
+
+    def attended(self, attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Pre-hook of an attention layer, for those that run without their block: checkpointed alone, or by hand.
+
+        Raises:
+            SparsifinerError: if images of several grids come into question.
+        """
+        if torch.compiler.is_compiling() or not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 3:
+            return
+        x, task = inputs[0], _backward_task()
+        known = self._passes.get(x)
+        if known is None and task is not None:
+            known = self.current if self._thread_task() == task else self._pass_to_recompute(x.shape[-2])
+        elif known is None:
+            known = self.current
+            if not known.entered:
+                with self._lock:
+                    known = self._waiting(x.shape[-2], [threading.current_thread()]) or known
+                known.entered.add(id(attention))
+                self._thread.running = True
+            if torch.is_grad_enabled():
+                self._note(x, known)
+        self._enter(known)
+
+    def _thread_task(self) -> int | None:
+        """The backward pass in which this thread entered its latest block, or None."""
+        return getattr(self._thread, "task", None)
 
     def left(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Hook of a block: what it returns belongs to the pass of its input."""
@@ -179,7 +207,7 @@ class PatchGrid:
         if not torch.compiler.is_compiling() and isinstance(x, Tensor):
             state = self.current
             self._note(x, state)
-            if not _in_backward():
+            if _backward_task() is None:
                 state.place = (threading.get_ident(), id(block))
 
     def _pass_of_unknown(self, x: Tensor, block: nn.Module) -> ForwardPass:
@@ -189,7 +217,7 @@ class PatchGrid:
             SparsifinerError: if images of several grids come into question.
         """
         num_tokens = x.shape[-2]
-        if _in_backward():
+        if _backward_task() is not None:
             return self._pass_to_recompute(num_tokens)
         own: ForwardPass | None = getattr(self._thread, "current", None)
         with self._lock:
@@ -219,6 +247,7 @@ class PatchGrid:
         shapes = {state.shape for _, state in matching}
         if len(shapes) > 1:
             grids = " and ".join(f"{rows}x{columns}" for rows, columns in sorted(shapes))
+            self._thread.running = True  # the next image is embedded afresh: what is refused here does not refuse it
             raise SparsifinerError(
                 f"images of {grids} patches were embedded before the blocks ran, and these {num_tokens} tokens may be "
                 f"of either; run the blocks of one image before the next is embedded"
@@ -320,10 +349,11 @@ def add_grid_hook(register: Any, hooks: dict[int, Any], grid: PatchGrid, event: 
         register(GridHook(grid, event))
 
 
-def _in_backward() -> bool:
-    """Inside a backward pass; PyTorch has no public way to ask."""
+def _backward_task() -> int | None:
+    """The number of the backward pass under way, or None outside; PyTorch has no public way to ask."""
     task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
+    number = -1 if task is None else task()
+    return None if number == -1 else number
 
 
 def find_grid(owner: Any) -> PatchGrid | None:
@@ -347,7 +377,7 @@ def drop_unused_grids(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for handle, hook in list(hooks.items()):
                 if isinstance(hook, GridHook) and (
-                    hook.grid is None or (id(hook.grid) not in used and hook.event in ("entered", "left"))
+                    hook.grid is None or (id(hook.grid) not in used and hook.event in ("entered", "left", "attended"))
                 ):
                     del hooks[handle]
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from .._utils.checks import number
 from .._utils.copying import copy_model
+from .._utils.messages import shown
 from ..attention.adapters.scored import dense_attention
 from ..attention.adapters.vit import DenseVitAttention, gated_projection, project_vit
 from ..attention.layer import refuse_mask
+from ..attention.module_state import COMPILED, weight_like
 from ..config import check_keep_rate
 from ..errors import SparsifinerError
 from ..geometry.counting import num_kept
@@ -33,7 +35,7 @@ class LinformerAttention(DenseVitAttention):
 
     def __init__(self, dense: Attention, start: Tensor) -> None:
         super().__init__(dense)
-        start = start.to(dense.qkv.weight)
+        start = start.to(weight_like(dense))
         self.key_basis = nn.Parameter(start.clone())
         self.value_basis = nn.Parameter(start.clone())
 
@@ -70,6 +72,8 @@ def linformer(
     number("n_down", n_down, least=1, integer=True, optional=True)
     if (keep_rate is None) == (n_down is None):
         raise SparsifinerError("linformer needs the rows of its projections: give keep_rate or n_down, one of the two")
+    if not isinstance(model, nn.Module):
+        raise SparsifinerError(f"linformer takes a model, an nn.Module; got {shown(model)}")
     if reduces_tokens(model):  # the projections serve one number of tokens
         raise SparsifinerError(
             f"linformer cannot convert {type(model).__name__}: tokens are removed or merged in it; start from the "
@@ -78,6 +82,8 @@ def linformer(
     names = [name for name, module in model.named_modules(remove_duplicate=False) if type(module) is Attention]
     if not names or getattr(model, "patch_embed", None) is None:
         raise SparsifinerError(f"{type(model).__name__} is no Vision Transformer with timm's standard attention")
+    if any(name.endswith("._orig_mod") for name in names):
+        raise SparsifinerError(f"linformer cannot convert {type(model).__name__}: of an attention layer, {COMPILED}")
     if not inplace:
         model = copy_model(model)
     grid = follow_grid(model)
