@@ -115,6 +115,8 @@ def test_linformer_refuses_sizes_that_are_none(tiny_vit, settings, words):
 
 
 def test_linformer_refuses_models_whose_tokens_become_fewer(tiny_vit):
+    with pytest.raises(ValueError, match="drops patches at random in training"):
+        linformer(tiny_vit(patch_drop_rate=0.3), keep_rate=0.5)
     """Its projections would serve the first layers only."""
     for fewer in (sparsifiner.prune_tokens(tiny_vit(), keep_rate=0.5, layers=[1]), merge_tokens(tiny_vit(), 4)):
         with pytest.raises(ValueError, match="cannot convert VisionTransformer: tokens are removed or merged"):

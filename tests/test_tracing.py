@@ -7,6 +7,7 @@ import torch
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sparsifiner import SparsifinerConfig, prune_tokens, sparsify
+from sparsifiner.methods import convert_with
 from sparsifiner.reduction import linformer, merge_tokens
 
 CONFIG = SparsifinerConfig(keep_rate=0.2, mode="sparse")
@@ -55,3 +56,17 @@ def test_a_traced_model_whose_tokens_leave_follows_its_own_images(kind, tiny_vit
         traced = torch.jit.trace(model, x, check_trace=False)
         for other in (x.flip(-1), images(5, 3, 32, 32)):
             torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", ["paper-evit", "sparsifiner-evit", "evit", "tome", "linformer"])
+def test_methods_are_traced_and_exported_for_any_batch(method, tiny_vit, images) -> None:
+    model, x = convert_with(method, tiny_vit().eval(), 0.4), images(2, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
+        for number in (1, 5):
+            other = images(number, 3, 32, 32)
+            for program in (traced, exported):
+                torch.testing.assert_close(program(other), model(other), rtol=1e-4, atol=1e-4)

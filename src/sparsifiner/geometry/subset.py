@@ -45,7 +45,7 @@ class SubsetTiling(Tiling):
     ) -> SubsetTiling:
         """The tiles of a sequence of ``num_tokens`` tokens, ``num_prefix_tokens`` of them the model's own prefix."""
         kept = positions.shape[1]
-        fused = num_tokens - num_prefix_tokens - kept == 1
+        fused = bool(num_tokens - num_prefix_tokens - kept == 1)  # a tensor where torch.jit.trace follows sizes
         return cls(
             (1, kept),
             (1, min(kept, math.prod(tile))),
@@ -83,7 +83,8 @@ class SubsetTiling(Tiling):
             ``[B, N, d]``.
         """
         first = self.num_image_prefix_tokens
-        prefix, patches = weight[:first].expand(len(self.positions), -1, -1), weight[first:]
+        batch = self.positions.shape[0]  # len() would fix the batch of an exported program
+        prefix, patches = weight[:first].expand(batch, -1, -1), weight[first:]
         kept = patches[self.positions]
         if not self.fused:
             return torch.cat([prefix, kept], dim=1)

@@ -84,6 +84,11 @@ def linformer(
         raise SparsifinerError(f"{type(model).__name__} is no Vision Transformer with timm's standard attention")
     if any(name.endswith("._orig_mod") for name in names):
         raise SparsifinerError(f"linformer cannot convert {type(model).__name__}: of an attention layer, {COMPILED}")
+    if not isinstance(getattr(model, "patch_drop", nn.Identity()), nn.Identity):
+        raise SparsifinerError(
+            f"linformer cannot convert {type(model).__name__}: it drops patches at random in training, and the "
+            f"projections serve one number of tokens; build it with patch_drop_rate=0"
+        )
     if not inplace:
         model = copy_model(model)
     grid = follow_grid(model)
