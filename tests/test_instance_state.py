@@ -278,3 +278,10 @@ def test_attention_inside_a_compiled_module_is_refused(tiny_vit, images) -> None
         with torch.no_grad(), record(sparse) as seen:
             torch.testing.assert_close(sparse(x), sparsify(tiny_vit(), ALWAYS)(x))
         assert len(seen) == 2
+
+
+def test_dense_attention_keeps_no_hook_of_ours(tiny_vit) -> None:
+    for model in (tiny_vit(), prune_tokens(tiny_vit(), layers=(0,))):
+        sparse = sparsify(model, ALWAYS)
+        assert all(block.attn._forward_pre_hooks for block in sparse.blocks)
+        assert not any(block.attn._forward_pre_hooks for block in densify(sparse).blocks)

@@ -374,10 +374,13 @@ def drop_unused_grids(model: nn.Module) -> None:
     """Take out the hooks of patch grids that no layer looks at any more, or none of ``model``'s blocks."""
     used = {id(vars(module)["grid"]) for module in model.modules() if "grid" in vars(module)}
     for module in model.modules():
+        attends = "grid" in vars(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for handle, hook in list(hooks.items()):
                 if isinstance(hook, GridHook) and (
-                    hook.grid is None or (id(hook.grid) not in used and hook.event in ("entered", "left", "attended"))
+                    hook.grid is None
+                    or (hook.event in ("entered", "left") and id(hook.grid) not in used)
+                    or (hook.event == "attended" and not attends)
                 ):
                     del hooks[handle]
 
