@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy
 import timm
 import torch
 from conftest import TINY
@@ -14,6 +15,8 @@ from sparsifiner.calibration.state import State
 from sparsifiner.evaluation.cell import DENSE, Cell, Row
 from sparsifiner.evaluation.figure import draw_pareto
 from sparsifiner.evaluation.results import save_rows
+from sparsifiner.exporters.run import EXPORTERS, _keep
+from sparsifiner.extraction.shards import FORMATS, write_shard
 from sparsifiner.report.contents import Report
 from sparsifiner.report.html import write_report
 from sparsifiner.report.machine import Machine
@@ -55,6 +58,14 @@ def save_report(folder: Path) -> None:
         write_report(report, folder)
 
 
+def save_export(folder: Path) -> None:
+    _keep(EXPORTERS["onnx"], Path(__file__), folder / "model.onnx")  # whatever the exporter has written
+
+
+def save_features(folder: Path) -> None:
+    write_shard(folder, 0, FORMATS["safetensors"], ["image.jpg"], {"class": numpy.zeros((1, 3), "float32")}, {})
+
+
 WRITERS = {
     "save_pretrained": (save_sparse, ("model.safetensors", "sparsifiner.json")),
     "save_model": (save_dense, ("model.safetensors", "config.json")),
@@ -62,5 +73,7 @@ WRITERS = {
     "training checkpoint": (save_training, ("checkpoint.pt",)),
     "sweep": (lambda folder: save_rows(folder, {}, rows()), ("pareto.json", "pareto.csv")),
     "report": (save_report, ("report.html", "report.json", "one.png")),
+    "export": (save_export, ("model.onnx",)),
+    "features": (save_features, ("features-000000.json", "features-000000.safetensors")),
     "figures": (lambda folder: draw_pareto(rows(), folder), ("pareto-macs.png", "pareto-ms.png")),
 }

@@ -281,7 +281,9 @@ def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename not in (None, str(path), str(temporary)):
+        ours = (str(path), str(temporary))
+        copied = error.filename2 in ours and error.errno in _DISK_ERRORS  # shutil names the source first
+        if error.errno is None or not (error.filename is None or error.filename in ours or copied):
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     except Exception as error:
