@@ -76,28 +76,41 @@ def test_saved_and_loaded_sparse_again(name, by, tmp_path):
     assert not sparsifiner.convert.is_sparse(type(sparse).from_pretrained(tmp_path / "dense"))
 
 
-def test_without_sparsifiner_a_saved_sparse_model_is_refused_not_dense(tmp_path):
-    sparsifiner.sparsify(TRANSFORMERS["DINOv2"].build(), SPARSE).save_pretrained(tmp_path)
-    code = f"import transformers; transformers.Dinov2Model.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode
-    assert 'attn_implementation="sparsifiner"` is not supported' in done.stderr
-
-
-@pytest.mark.parametrize("first", ["sparsifiner", "transformers"])
-def test_attn_implementation_works_after_either_import(first, tmp_path):
-    TRANSFORMERS["DINOv2"].build().save_pretrained(tmp_path)
-    second = {"sparsifiner": "transformers", "transformers": "sparsifiner"}[first]
-    code = f"""
-import {first}, sys
-assert {first!r} == "transformers" or "transformers" not in sys.modules
-import {second}, torch
-model = transformers.AutoModel.from_pretrained({str(tmp_path)!r}, attn_implementation="sparsifiner")
+AFTER_BOTH = """
+import torch
+model = transformers.AutoModel.from_pretrained({dense!r}, attn_implementation="sparsifiner")
 print(len(sparsifiner.sparse_layers(model)), type(model).__name__)
 model(torch.randn(1, 3, 64, 64))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def in_a_new_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_attn_implementation_works_after_sparsifiner_was_imported_first(tmp_path):
+    TRANSFORMERS["DINOv2"].build().save_pretrained(tmp_path)
+    code = 'import sparsifiner, sys\nassert "transformers" not in sys.modules\nimport transformers\n'
+    done = in_a_new_process(code + AFTER_BOTH.format(dense=str(tmp_path)))
     assert done.stdout == "2 Dinov2Model\n", done.stderr
+
+
+def test_without_sparsifiner_a_saved_sparse_model_is_refused_not_dense_and_a_later_import_is_not_too_late(tmp_path):
+    TRANSFORMERS["DINOv2"].build().save_pretrained(tmp_path / "dense")
+    sparsifiner.sparsify(TRANSFORMERS["DINOv2"].build(), SPARSE).save_pretrained(tmp_path / "sparse")
+    code = f"""
+import sys, transformers
+try:
+    transformers.Dinov2Model.from_pretrained({str(tmp_path / "sparse")!r})
+except ValueError as error:
+    print(error)
+assert "sparsifiner" not in sys.modules
+import sparsifiner
+"""
+    done = in_a_new_process(code + AFTER_BOTH.format(dense=str(tmp_path / "dense")))
+    refused, *rest = done.stdout.splitlines()
+    assert 'attn_implementation="sparsifiner"` is not supported' in refused, done.stderr
+    assert rest[-1] == "2 Dinov2Model", done.stderr
 
 
 def test_models_that_ignore_the_interface_are_refused():

@@ -40,10 +40,11 @@ cases = st.fixed_dictionaries(
         "seed": st.integers(0, 2**20),
     }
 )
-# Several blocks of keys and of the tail; everything there is; more queries than one program takes.
-LONG = {"grid": (12, 12), "tile": (8, 8), "block": (1, 1), "keys": 101, "width": 64, "prefix": 1}
+# Several blocks of keys and of the tail; everything there is; more queries than one program takes. One head suffices
+# for the long ones: the others have two, and programs of heads are interpreted one after the other.
+LONG = {"heads": 1, "grid": (12, 12), "tile": (8, 8), "block": (1, 1), "keys": 101, "width": 64, "prefix": 1}
 EVERYTHING = {"grid": (9, 9), "tile": (3, 8), "block": (4, 4), "keys": 86, "prefix": 5, "padding": True, "bias": True}
-LARGE_TILE = {"grid": (10, 14), "tile": (10, 14), "block": (4, 4), "keys": 64, "prefix": 2}
+LARGE_TILE = {"heads": 1, "grid": (10, 14), "tile": (10, 14), "block": (4, 4), "keys": 64, "prefix": 2}
 
 
 def problem(case: dict[str, Any]) -> Problem:
