@@ -369,3 +369,21 @@ def test_images_smaller_than_a_tile_are_attended_to_densely(tiny_vit, images, si
         sparse.train()(x)
     with pytest.raises(ValueError, match="a 4x4 tile does not fit the"):
         sparsify(dense, SparsifinerConfig(keep_rate=0.1, mode="sparse"))(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_quantized_by_pytorch_before_or_after_compute_the_same(tiny_vit, images):
+    config, x = SparsifinerConfig(keep_rate=0.2, mode="sparse"), images(2, 3, 32, 32)
+
+    def int8(model):
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+
+    sparse, before, after = (
+        sparsify(tiny_vit(), config),
+        sparsify(int8(tiny_vit()), config),
+        int8(sparsify(tiny_vit(), config)),
+    )
+    assert len(conversion(before).swapped) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(before(x), after(x))
+        assert 0 < (after(x) - sparse(x)).norm() < 0.3 * sparse(x).norm()
